@@ -1,0 +1,41 @@
+"""MELoRA for JAX and Flax: mini-ensemble low-rank adapters in any NNX model (arXiv 2402.17263)."""
+
+from melora_jax.adapters import export_peft, load_adapter, save_adapter, spectra
+from melora_jax.config import MELoRAConfig
+from melora_jax.dropout import dropout_key
+from melora_jax.generation import Generation, NewTokens, generate, stream
+from melora_jax.layers import FrozenParam, MELoRADense, MELoRAParam
+from melora_jax.models import from_pretrained, save_pretrained
+from melora_jax.models.gguf_tokenizer import tokenizer_from_gguf
+from melora_jax.optim import TrainState, make_optimizer, make_train_step, train_state
+from melora_jax.surgery import Adaptation, adapt, describe, merge, unwrap
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adaptation",
+    "FrozenParam",
+    "Generation",
+    "MELoRAConfig",
+    "MELoRADense",
+    "MELoRAParam",
+    "NewTokens",
+    "TrainState",
+    "adapt",
+    "describe",
+    "dropout_key",
+    "export_peft",
+    "from_pretrained",
+    "generate",
+    "load_adapter",
+    "make_optimizer",
+    "make_train_step",
+    "merge",
+    "save_adapter",
+    "save_pretrained",
+    "spectra",
+    "stream",
+    "tokenizer_from_gguf",
+    "train_state",
+    "unwrap",
+]

@@ -1,0 +1,93 @@
+"""What `adapt` reports: the adapted layers and the numbers of parameters, as data and as a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One adapted layer: its path, flat sizes, and the adapter's shape."""
+
+    path: str
+    d_in: int
+    d_out: int
+    n: int
+    r: tuple[int, ...]
+    rank: int
+    parameters: int
+    scaling: str
+    mixer: str
+    strategy: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Adaptation:
+    """What `adapt` did. Prints as a table.
+
+    Attributes:
+      sites: the adapted layers.
+      adapter, head, frozen: numbers of parameters in the factors, in `modules_to_save`, and in the frozen base.
+      saved: paths of the modules that are trained whole.
+    """
+
+    sites: tuple[Site, ...]
+    adapter: int
+    head: int
+    frozen: int
+    saved: tuple[str, ...]
+
+    @property
+    def trainable(self) -> int:
+        """Parameters that are trained: factors and head."""
+        return self.adapter + self.head
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain lists and numbers, for JSON."""
+        return dataclasses.asdict(self) | {"trainable": self.trainable}
+
+    def __str__(self) -> str:
+        rows = [("site", "strategy", "d_in", "d_out", "n", "r", "rank", "parameters"), *_rows(self.sites)]
+        paths, strategies, *numbers = zip(*rows, strict=True)
+        columns = [_padded(paths, str.ljust), *(_padded(column, str.rjust) for column in numbers), strategies]
+        table = "\n".join("  ".join(cells) for cells in zip(*columns, strict=True))
+        share = 100 * self.trainable / max(1, self.trainable + self.frozen)
+        saved = f"\ntrained whole: {', '.join(self.saved)}" if self.saved else ""
+        counts = f"\nadapters {self.adapter:,} + head {self.head:,} = {self.trainable:,} trainable"
+        return f"{table}{saved}{counts} ({share:.2f} %), {self.frozen:,} frozen"
+
+
+def _rows(sites: Sequence[Site]) -> list[tuple[str, ...]]:
+    """A row a site; sites that differ in the number of their layer alone share one."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for site in sites:
+        path, *cells = _row(site)
+        numbered = re.search(r"(?:^|/)(\d+)(?:/|$)", path)
+        start, end = numbered.span(1) if numbered else (len(path), len(path))
+        groups.setdefault((path[:start], path[end:], *cells), []).append(path[start:end])
+    rows = []
+    for (before, after, *cells, parameters), numbers in groups.items():
+        times = f"{len(numbers)} × " if len(numbers) > 1 else ""
+        rows.append((f"{before}{_listed(numbers)}{after}", *cells, f"{times}{parameters}"))
+    return rows
+
+
+def _listed(numbers: Sequence[str]) -> str:
+    """Layer numbers as 0-5 where none is left out, else one by one."""
+    if len(numbers) > 2 and [int(number) - int(numbers[0]) for number in numbers] == list(range(len(numbers))):
+        return f"{numbers[0]}-{numbers[-1]}"
+    return ",".join(numbers)
+
+
+def _row(site: Site) -> tuple[str, ...]:
+    r = str(site.r[0]) if len(set(site.r)) == 1 else ",".join(map(str, site.r))
+    sizes = (str(size) for size in (site.d_in, site.d_out, site.n, r, site.rank))
+    return (site.path, site.strategy, *sizes, f"{site.parameters:,}")
+
+
+def _padded(cells: Sequence[str], pad: Callable[[str, int], str]) -> list[str]:
+    width = max(map(len, cells))
+    return [pad(cell, width) for cell in cells]

@@ -1,0 +1,168 @@
+"""The mathematics of MELoRA on plain arrays. Nothing here knows of Flax.
+
+Dim key, used in shapes, einsums and prose throughout the project::
+
+    n  mini-adapters            i = d_in / n     o = d_out / n
+    r  rank of one mini         R = n · r, all latents        ...  batch dimensions
+
+Factors are stacked: `a` is [n i r] and `b` is [n r o]. With x_k the k-th slice of the input (MELoRA,
+arXiv 2402.17263, equation 3, as the authors' code computes it)::
+
+    y = concat_k( s_k · x_k A_k B_k )        ΔW = Â · diag(s) · M · B̂
+
+where Â [d_in R] and B̂ [R d_out] are block-diagonal and M is a fixed mixer of the latents. `scale` is an
+[n r] array of s_k; where the minis' ranks differ, the factors are padded to the widest and `scale` is zero in
+the padding, so padded entries neither act nor learn.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from melora_jax.config import AdapterSpec, Init, Mixer, Strategy
+
+# The packed form does n times the arithmetic of the batched one, in one wide product instead of n narrow ones.
+# Up to this many latents the width is worth it: measured on CPU; elsewhere one 128-wide matrix unit is assumed.
+PACKED_LATENTS = {"cpu": 32}
+PACKED_LATENTS_ELSEWHERE = 128
+
+
+def scale_of(spec: AdapterSpec) -> np.ndarray:
+    """s_k for each latent, [n r] float32, zero where a mini's rank is below the widest.
+
+    >>> scale_of(AdapterSpec(n=2, r=(1, 2), alpha=(3.0, 4.0))).tolist()
+    [[3.0, 0.0], [2.0, 2.0]]
+    """
+    ranks = np.array(spec.r)[:, None]
+    return np.where(np.arange(max(spec.r)) < ranks, np.array(spec.scales)[:, None], 0.0).astype(np.float32)
+
+
+def init_factors(
+    key: Array, d_in: int, d_out: int, spec: AdapterSpec
+) -> tuple[Float[Array, "n i r"], Float[Array, "n r o"]]:
+    """Start values: A random, B zero, both float32.
+
+    A is uniform within 1/sqrt(i), torch's kaiming_uniform(a=√5) over a slice, as the authors start it (and
+    within 1/sqrt(d_in) for mixer `all`, where every latent reads the whole input); or Gaussian with deviation 1/r.
+    """
+    i, o, r = d_in // spec.n, d_out // spec.n, max(spec.r)
+    initialiser = _a_initialiser(spec.init, spec.mixer, spec.n, r)
+    used = scale_of(spec)[:, None, :] != 0
+    a = jnp.where(used, initialiser(key, (spec.n, i, r), jnp.float32), 0.0)
+    return a, jnp.zeros((spec.n, r, o), jnp.float32)
+
+
+def _a_initialiser(init: Init, mixer: Mixer, n: int, r: int) -> jax.nn.initializers.Initializer:
+    if init == "gaussian":
+        return jax.nn.initializers.normal(1.0 / r)
+    fan = n if mixer == "all" else 1  # how many slices feed one latent
+    # batch_axis keeps n out of the fan; he_uniform would start 2.45 times larger.
+    return jax.nn.initializers.variance_scaling(1.0 / (3.0 * fan), "fan_in", "uniform", batch_axis=0)
+
+
+def mix(z: Float[Array, "... n r"], mixer: Mixer) -> Float[Array, "... n r"]:
+    """M applied to the latents: `identity`, `all` (every mini reads the sum), `shuffle` (block a, chunk j → j, a)."""
+    if mixer == "identity":
+        return z
+    if mixer == "all":
+        return jnp.broadcast_to(z.sum(-2, keepdims=True), z.shape)
+    *batch, n, r = z.shape
+    return z.reshape(*batch, n, n, r // n).swapaxes(-3, -2).reshape(z.shape)
+
+
+def choose_strategy(strategy: Strategy, latents: int, backend: str) -> Strategy:
+    """The strategy that `"auto"` stands for on a backend (`jax.default_backend()`); others are returned as they are.
+
+    >>> choose_strategy("auto", 8, "cpu"), choose_strategy("auto", 4096, "cpu")
+    ('packed', 'batched')
+    """
+    if strategy != "auto":
+        return strategy
+    return "packed" if latents <= PACKED_LATENTS.get(backend, PACKED_LATENTS_ELSEWHERE) else "batched"
+
+
+def apply(
+    x: Float[Array, "... d_in"],
+    a: Float[Array, "n i r"],
+    b: Float[Array, "n r o"],
+    scale: Float[np.ndarray, "n r"],
+    mixer: Mixer = "identity",
+    strategy: Strategy = "batched",
+) -> Float[Array, "... d_out"]:
+    """The adapter's output x·ΔW, without forming ΔW.
+
+    >>> one = jnp.ones((2, 1, 1))
+    >>> apply(jnp.array([3.0, 5.0]), one, one, np.array([[1.0], [2.0]], np.float32)).tolist()
+    [3.0, 10.0]
+    """
+    return expand(reduce(x, a, strategy), b, scale, mixer, strategy)
+
+
+def reduce(x: Float[Array, "... d_in"], a: Float[Array, "n i r"], strategy: Strategy) -> Float[Array, "... n r"]:
+    """The latents of every mini, x_k·A_k."""
+    n, i, r = a.shape
+    if strategy == "packed":
+        return (x @ _block_diagonal(a)).reshape(*x.shape[:-1], n, r)
+    return jax.vmap(jnp.matmul, in_axes=(-2, 0), out_axes=-2)(x.reshape(*x.shape[:-1], n, i), a)
+
+
+def look_up(
+    ids: Int[Array, "*batch"], a: Float[Array, "n i r"], keep: Float[Array, "*batch"]
+) -> Float[Array, "*batch n r"]:
+    """The latents of a one-hot input of width n·i that is given as indices (an embedding's), times `keep`."""
+    n, i, r = a.shape
+    ids = jnp.where(ids < 0, ids + n * i, ids)  # counted from the end, as the embedding itself takes them
+    rows = jnp.take(a.reshape(n * i, r), ids, axis=0)
+    hit = jax.nn.one_hot(ids // i, n, dtype=a.dtype) * keep[..., None]
+    return hit[..., :, None] * rows[..., None, :]
+
+
+def expand(
+    z: Float[Array, "... n r"],
+    b: Float[Array, "n r o"],
+    scale: Float[np.ndarray, "n r"],
+    mixer: Mixer,
+    strategy: Strategy,
+) -> Float[Array, "... d_out"]:
+    """From latents to the output: concat_k( (M·s·z)_k·B_k )."""
+    n, r, o = b.shape
+    z = mix(z * jnp.asarray(scale, z.dtype), mixer)
+    if strategy == "packed":
+        return z.reshape(*z.shape[:-2], n * r) @ _block_diagonal(b)
+    y = jax.vmap(jnp.matmul, in_axes=(-2, 0), out_axes=-2)(z, b)
+    return y.reshape(*y.shape[:-2], n * o)
+
+
+def _block_diagonal(blocks: Float[Array, "n p q"]) -> Float[Array, "np nq"]:
+    """The blocks laid out along the diagonal of one zero-filled matrix."""
+    n, p, q = blocks.shape
+    on_diagonal = jnp.eye(n, dtype=bool)[:, None, :, None]
+    return jnp.where(on_diagonal, blocks[:, :, None, :], 0).reshape(n * p, n * q)
+
+
+def packed_factors(
+    a: Float[Array, "n i r"], b: Float[Array, "n r o"], scale: Float[np.ndarray, "n r"], mixer: Mixer
+) -> tuple[Float[Array, "d_in R"], Float[Array, "R d_out"]]:
+    """Plain LoRA factors of the same update: ΔW = left @ right.
+
+    R is Σ over minis of the padded rank for `identity` and `shuffle` (left = Â, right = diag(s)·M·B̂); for `all`, whose
+    update is a sum over minis, it is r (left stacks the s_k·A_k, right sets the B_k side by side).
+    """
+    if mixer == "all":
+        n, i, r = a.shape
+        left = (a * scale[:, None, :]).reshape(n * i, r)
+        return left, b.swapaxes(0, 1).reshape(r, -1)
+    n, r = scale.shape
+    latents = jnp.eye(n * r, dtype=b.dtype).reshape(n * r, n, r)
+    return _block_diagonal(a), expand(latents, b, scale, mixer, "packed")
+
+
+def delta(
+    a: Float[Array, "n i r"], b: Float[Array, "n r o"], scale: Float[np.ndarray, "n r"], mixer: Mixer = "identity"
+) -> Float[Array, "d_in d_out"]:
+    """ΔW in float32, at the highest matmul precision: what `merge` adds to the kernel."""
+    left, right = packed_factors(a.astype(jnp.float32), b.astype(jnp.float32), scale, mixer)
+    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)

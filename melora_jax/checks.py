@@ -1,0 +1,72 @@
+"""Checks of single settings: each raises ValueError with the setting, its value and what it should be."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def check_choices(settings: Any, known: Mapping[str, Sequence[str | None]]) -> None:
+    """Each attribute named in `known` is one of the values there."""
+    for name, choices in known.items():
+        value = getattr(settings, name)
+        if value not in choices:
+            near = difflib.get_close_matches(str(value), [choice for choice in choices if choice], n=1)
+            raise ValueError(f"{name}={value!r} is unknown; choose {' or '.join(map(repr, near or choices))}")
+
+
+def check_count(name: str, value: Any) -> None:
+    """A whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        many = ", or a list with one for each mini" if name == "r" else ""
+        raise ValueError(f"{name}={value!r} must be a whole number of at least 1{many}")
+
+
+def check_alpha(name: str, value: Any) -> None:
+    """A positive, finite number."""
+    check_number(name, value, low=math.ulp(0.0), below=math.inf)
+
+
+def check_number(name: str, value: Any, low: float, below: float) -> None:
+    """A finite number in [low, below)."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < below:
+        span = "above 0" if below == math.inf else f"at least {low:g} and below {below:g}"
+        raise ValueError(f"{name}={value!r} must be a number {span}")
+
+
+def check_names(name: str, value: Any, regex: bool) -> None:
+    """A list of names or, where `regex` allows it, one regular expression."""
+    if isinstance(value, str) and regex:
+        _check_regex(name, value)
+    elif isinstance(value, str):
+        raise ValueError(f"{name}={value!r} is one string; give a list: [{value!r}]")
+    elif not isinstance(value, Sequence) or not all(isinstance(entry, str) and entry for entry in value):
+        raise ValueError(f"{name}={value!r} must be a list of module names" + (", or one string" if regex else ""))
+
+
+def check_layers(value: Any) -> None:
+    """None, or a list of whole numbers."""
+    if value is not None and (
+        not isinstance(value, Sequence) or not value or not all(type(entry) is int and entry >= 0 for entry in value)
+    ):
+        raise ValueError(f"layers={value!r} must be a list of layer numbers, such as [0, 1], or None for all")
+
+
+def check_pattern_table(name: str, value: Any) -> None:
+    """A mapping with path patterns as keys."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) and key for key in value):
+        raise ValueError(f'{name}={value!r} must map path suffixes to values, such as {{"attention.self.query": 4}}')
+    for pattern in value:
+        _check_regex(name, pattern)
+
+
+def _check_regex(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"{name}: {pattern!r} is not a regular expression ({error}); escape it, or list names instead"
+        ) from None

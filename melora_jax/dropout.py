@@ -1,0 +1,147 @@
+"""Dropout without random state in the model.
+
+A key is entered around a forward pass and read while it is traced; each dropout site derives its own key from
+its path. So a model holds no random state, and a training step repeats exactly from `(key, step)` alone::
+
+    with mj.dropout_key(jax.random.fold_in(key, step)):
+        logits = model(input_ids, attention_mask)      # training: masks are drawn
+
+    logits = model(input_ids, attention_mask)          # no key entered: evaluation, nothing is dropped
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jax.extend.core import get_opaque_trace_state
+
+# Masks are drawn as 16 random bits an entry, two entries a word: on CPU a BERT training step takes about a tenth less
+# time so than with jax.random.bernoulli.
+_LEVELS = 1 << 16
+
+# JAX caches what an inner function (jit, remat, scan) traced to, by its arguments. The key is no argument, so the cache
+# is marked with it: else the mask or the tracer of an earlier trace would come back.
+_trace_mark = jax.make_user_context(default_value=None)
+
+
+@dataclasses.dataclass
+class _Scope:
+    """An entered key, the trace it was entered in, how often each site has drawn, and the marks to take off again."""
+
+    key: jax.Array
+    trace: Any
+    draws: Counter[str]
+    marks: contextlib.ExitStack
+
+    @property
+    def is_traced(self) -> bool:
+        return isinstance(self.key, Tracer)
+
+
+_scope: contextvars.ContextVar[_Scope | None] = contextvars.ContextVar("melora_dropout_key", default=None)
+
+
+@contextlib.contextmanager
+def dropout_key(key: jax.Array | None) -> Iterator[None]:
+    """Runs the block in training mode: dropout sites inside draw their masks from `key`.
+
+    Args:
+      key: a PRNG key (typed, from `jax.random.key`, or raw), concrete or traced. `None` runs the block in
+        evaluation mode, also inside another `dropout_key`.
+
+    The key is read while JAX traces, so enter it inside the function that is jitted, not around the call.
+
+    >>> import jax, jax.numpy as jnp
+    >>> with dropout_key(jax.random.key(0)):
+    ...     bool((dropout(jnp.ones(100), 0.5, "site") == 0).any())
+    True
+    """
+    with contextlib.ExitStack() as marks:
+        scope = None
+        if key is not None:
+            # Inside a trace, clone makes a tracer of a concrete key.
+            scope = _Scope(jax.random.clone(key), get_opaque_trace_state(), Counter(), marks)
+            # Outside of any trace one mark serves all keys, else an eager call would compile each operation anew.
+            marks.enter_context(_trace_mark(object() if scope.is_traced else "concrete key"))
+        else:
+            marks.enter_context(_trace_mark(None))
+        token = _scope.set(scope)
+        try:
+            yield
+        finally:
+            _scope.reset(token)
+
+
+def key_for_site(path: str) -> jax.Array | None:
+    """The key of the next draw at `path`, or `None` in evaluation.
+
+    The digits in a path are folded in one by one after crc32 of the rest, so a scanned stack of layers, which
+    knows its layer's number only as a traced value, can derive the same keys. A site that is called again
+    in one pass (a shared layer) gets a fresh key.
+
+    Raises:
+      ValueError: a function is traced here for later calls too, and the key was entered around it.
+    """
+    scope = _scope.get()
+    if scope is None:
+        return None
+    parts = path.split("/")
+    template = "/".join("*" if part.isdigit() else part for part in parts)
+    key = jax.random.fold_in(scope.key, zlib.crc32(template.encode()))
+    if isinstance(key, Tracer) and not scope.is_traced:
+        raise ValueError(
+            f"dropout at {path or 'a layer'}: the key was entered around a jitted, rematerialised or scanned function, "
+            "which would keep this one mask for ever; jit a function that takes the key and enters dropout_key(key)"
+        )
+    for part in parts:
+        if part.isdigit():
+            key = jax.random.fold_in(key, int(part))
+    if scope.trace != get_opaque_trace_state():
+        scope.marks.enter_context(_trace_mark(object()))  # another call of this inner function draws another mask
+    repeat = scope.draws[path]
+    scope.draws[path] += 1
+    return jax.random.fold_in(key, repeat) if repeat else key
+
+
+def dropout(x: jax.Array, rate: float, path: str) -> jax.Array:
+    """Zeroes entries of `x` with probability `rate` and scales the rest by `1 / (1 - rate)`.
+
+    Args:
+      x: array of any shape and floating dtype.
+      rate: probability in [0, 1), rounded to a multiple of 1/65536 (in the scale too).
+      path: the site's path in the model; it names the site's random stream.
+
+    Returns:
+      An array of the shape and dtype of `x`; `x` itself when `rate` is 0 or no `dropout_key` is entered.
+
+    >>> import jax.numpy as jnp
+    >>> dropout(jnp.ones(3), 0.5, "encoder/layer/0").tolist()
+    [1.0, 1.0, 1.0]
+    """
+    if rate == 0.0:
+        return x
+    key = key_for_site(path)
+    if key is None:
+        return x
+    dropped = min(round(rate * _LEVELS), _LEVELS - 1)
+    keep = _random_levels(key, x.shape) >= dropped
+    # bfloat16 would round the scale, and with it every kept entry the same way.
+    scaled = x.astype(jnp.promote_types(x.dtype, jnp.float32)) * (_LEVELS / (_LEVELS - dropped))
+    return jnp.where(keep, scaled.astype(x.dtype), jnp.zeros((), x.dtype))
+
+
+def _random_levels(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Uniform uint16 of `shape`, drawn in words of two along the last axis."""
+    *batch, width = shape or (1,)
+    pairs = -(-width // 2)
+    levels = jax.lax.bitcast_convert_type(jax.random.bits(key, (*batch, pairs), jnp.uint32), jnp.uint16)
+    return levels.reshape(*batch, 2 * pairs)[..., :width].reshape(shape)

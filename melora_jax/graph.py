@@ -1,0 +1,103 @@
+"""Walking and rewriting a Flax NNX object graph: any tree of modules, lists, dicts and tuples.
+
+`path_of` is the one place where a position in a tree becomes text; it serves matching, labels, errors and files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from flax import nnx
+
+Path = tuple[Any, ...]
+Swap = Callable[[Path, Any], Any]
+
+
+def path_of(keypath: Path) -> str:
+    """A key path of JAX or NNX as `"encoder/layer/0/query/kernel"`.
+
+    >>> path_of(("encoder", "layer", 0))
+    'encoder/layer/0'
+    >>> [(path, _)] = jax.tree_util.tree_leaves_with_path({"a": [1]})
+    >>> path_of(path)
+    'a/0'
+    """
+    if keypath and isinstance(keypath[-1], jax.tree_util.GetAttrKey) and keypath[-1].name == "value":
+        keypath = keypath[:-1]  # NNX adds it for the array inside a variable
+    return "/".join(_name_of(key) for key in keypath)
+
+
+def _name_of(key: Any) -> str:
+    return str(key) if isinstance(key, str | int) else jax.tree_util.keystr((key,), simple=True)
+
+
+def children(node: Any) -> list[tuple[Any, Any]]:
+    """The (key, child) pairs of a node that may hold modules or variables, in NNX's own order."""
+    if isinstance(node, tuple):
+        return list(zip(getattr(node, "_fields", range(len(node))), node, strict=True))
+    if isinstance(node, nnx.List | list):
+        return list(enumerate(node))
+    if isinstance(node, nnx.Variable) or not isinstance(node, nnx.Pytree | dict):
+        return []
+    pairs = vars(node).items() if isinstance(node, nnx.Pytree) else node.items()
+    return sorted(
+        ((key, child) for key, child in pairs if not str(key).startswith("_pytree__")), key=lambda pair: str(pair[0])
+    )
+
+
+def walk(root: Any) -> Iterator[tuple[Path, Any]]:
+    """Every module and variable below and including `root`, once for each path that leads to it.
+
+    A shared module comes once a path, but its inside is entered only the first time.
+    """
+    entered: set[int] = set()
+
+    def visit(path: Path, node: Any) -> Iterator[tuple[Path, Any]]:
+        if isinstance(node, nnx.Pytree | nnx.Variable):
+            yield path, node
+        if id(node) not in entered:
+            entered.add(id(node))
+            for key, child in children(node):
+                yield from visit((*path, key), child)
+
+    return visit((), root)
+
+
+def rewrite(root: Any, swap: Swap) -> Any:
+    """Replaces nodes in place: each is set to `swap(path, node)` wherever it stands.
+
+    `swap` returns the node itself to keep it and go on inside. It is asked once a path, so for a shared node it must
+    return the same replacement each time. Returns `root`, or its replacement.
+    """
+    entered: set[int] = set()
+
+    def visit(path: Path, node: Any) -> Any:
+        new = swap(path, node)
+        if new is not node or id(node) in entered:
+            return new
+        entered.add(id(node))
+        changed = {}
+        for key, child in children(node):
+            fresh = visit((*path, key), child)
+            if fresh is not child:
+                changed[key] = fresh
+        return _with_children(node, changed)
+
+    return visit((), root)
+
+
+def _with_children(node: Any, changed: dict[Any, Any]) -> Any:
+    """`node` with some children replaced: in place, or a new tuple."""
+    if not changed:
+        return node
+    if isinstance(node, tuple):
+        entries = [changed.get(key, child) for key, child in children(node)]
+        return type(node)(*entries) if hasattr(node, "_fields") else type(node)(entries)
+    for key, child in changed.items():
+        if isinstance(node, nnx.Pytree) and not isinstance(node, nnx.List):
+            setattr(node, key, child)
+        else:
+            node[key] = child
+    return node

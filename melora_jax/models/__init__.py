@@ -1,0 +1,16 @@
+"""Our own Flax definitions of Hugging Face models, loaded from and saved to Hugging Face checkpoints."""
+
+from melora_jax.models.build import Model, model_from_config
+from melora_jax.models.hugging_face import HFConfig, HuggingFaceModel, LoadReport
+from melora_jax.models.load import from_pretrained
+from melora_jax.models.save import save_pretrained
+
+__all__ = [
+    "HFConfig",
+    "HuggingFaceModel",
+    "LoadReport",
+    "Model",
+    "from_pretrained",
+    "model_from_config",
+    "save_pretrained",
+]

@@ -1,0 +1,236 @@
+"""Other people's names: the model families we read, and how their tensors are called in torch and in Flax."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+_EMBEDDINGS = ("embeddings", "embed_tokens")
+_LEGACY = {"gamma": "weight", "beta": "bias"}
+
+
+def torch_name(path: str) -> str:
+    """The Hugging Face name of the tensor at a Flax path.
+
+    Args:
+      path: a variable's path, ending in `kernel`, `bias`, `scale` or `embedding`.
+
+    Raises:
+      ValueError: the path ends in something else, so torch has no tensor for it.
+
+    >>> torch_name("bert/encoder/layer/3/attention/self/query/kernel")
+    'bert.encoder.layer.3.attention.self.query.weight'
+    """
+    *modules, leaf = path.split("/")
+    if leaf not in ("kernel", "bias", "scale", "embedding"):
+        raise ValueError(f"{path} has no Hugging Face name; leaves are kernel, bias, scale or embedding")
+    return ".".join([*modules, "bias" if leaf == "bias" else "weight"])
+
+
+def torch_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in torch of the Flax variable at `path`: dense kernels `[d_in, d_out]` are stored `[d_out, d_in]`.
+
+    >>> torch_shape("classifier/kernel", (384, 2))
+    (2, 384)
+    """
+    return shape[::-1] if path.rpartition("/")[2] == "kernel" else shape
+
+
+def torch_from_flax(path: str, array: np.ndarray) -> tuple[str, np.ndarray]:
+    """The Hugging Face name and array of a Flax variable.
+
+    Args:
+      path: the variable's path.
+      array: its value; a dense kernel is `[d_in, d_out]`.
+
+    Returns:
+      The tensor's name, and the array in torch's layout: `[d_out, d_in]` for a dense kernel, else unchanged.
+
+    Raises:
+      ValueError: the path has no Hugging Face name, or the kernel is not a matrix.
+
+    >>> name, weight = torch_from_flax("classifier/dense/kernel", np.zeros((3, 5)))
+    >>> name, weight.shape
+    ('classifier.dense.weight', (5, 3))
+    """
+    if path.rpartition("/")[2] != "kernel":
+        return torch_name(path), array
+    if array.ndim != 2:
+        raise ValueError(f"{path} has shape {tuple(array.shape)}; a dense kernel is a matrix [d_in, d_out]")
+    return torch_name(path), array.T
+
+
+def flax_from_torch(name: str, array: np.ndarray) -> tuple[str, np.ndarray]:
+    """The Flax path and array of a Hugging Face tensor; the inverse of `torch_from_flax`.
+
+    Args:
+      name: the tensor's name, ending in `weight` or `bias`.
+      array: its value. A vector `weight` is a norm's scale; a matrix is an embedding where its module is called
+        `...embeddings` or `embed_tokens`, else a dense kernel.
+
+    Raises:
+      ValueError: the name ends in something else, or the array is neither vector nor matrix.
+
+    >>> path, kernel = flax_from_torch("classifier.dense.weight", np.zeros((5, 3)))
+    >>> path, kernel.shape
+    ('classifier/dense/kernel', (3, 5))
+    """
+    *modules, leaf = name.split(".")
+    stem = "/".join(modules)
+    if leaf == "bias":
+        return f"{stem}/bias", array
+    if leaf != "weight" or array.ndim not in (1, 2):
+        raise ValueError(f"{name} of shape {tuple(array.shape)} has no Flax path; give a weight or bias, 1-D or 2-D")
+    if array.ndim == 1:
+        return f"{stem}/scale", array
+    if modules and modules[-1].endswith(_EMBEDDINGS):
+        return f"{stem}/embedding", array
+    return f"{stem}/kernel", array.T
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """How one model family names its modules.
+
+    Attributes:
+      model_type: `model_type` in config.json.
+      prefix: the attribute that holds the body in a model with a head.
+      architecture: how class names in `architectures` begin.
+      body: the body's own top modules.
+      head: the modules of a sequence classification head.
+      pools: the body of a classifier has a pooler.
+      tasks: what a model of this family can be loaded for.
+      body_architecture: how the body's class name begins, where it differs from `architecture`.
+    """
+
+    model_type: str
+    prefix: str
+    architecture: str
+    body: tuple[str, ...] = ("embeddings", "encoder", "pooler")
+    head: tuple[str, ...] = ("classifier",)
+    pools: bool = False
+    tasks: tuple[str, ...] = ("sequence-classification", "regression", "encoder")
+    body_architecture: str | None = None
+
+    @property
+    def is_decoder(self) -> bool:
+        """Whether it models language from left to right."""
+        return "causal-lm" in self.tasks
+
+    def architecture_of(self, task: str) -> str:
+        """The Hugging Face class that `task` corresponds to."""
+        if task == "encoder":
+            return f"{self.body_architecture or self.architecture}Model"
+        return self.architecture + ("ForCausalLM" if task == "causal-lm" else "ForSequenceClassification")
+
+    def canonical(self, key: str, task: str) -> str:
+        """A checkpoint's tensor name as Hugging Face spells it today for the model of `task`.
+
+        >>> FAMILIES["bert"].canonical("embeddings.LayerNorm.gamma", "sequence-classification")
+        'bert.embeddings.LayerNorm.weight'
+        """
+        stem, _, leaf = key.rpartition(".")
+        if stem.endswith(("LayerNorm", "layer_norm")):
+            leaf = _LEGACY.get(leaf, leaf)
+        name = ".".join(filter(None, (stem, leaf))).removeprefix(f"{self.prefix}.")
+        in_body = name.split(".")[0] in self.body
+        return f"{self.prefix}.{name}" if in_body and task != "encoder" else name
+
+    def ignorable(self, name: str, task: str, architectures: tuple[str, ...]) -> str | None:
+        """Why the tensor with the canonical name `name` may be left out of the model of `task`; None if it may not."""
+        for pattern, reason in _DECODER_EXTRAS if self.is_decoder else _EXTRAS:
+            if re.match(pattern, name):
+                return reason
+        if self.is_decoder:
+            return "head of another task" if task == "encoder" and name.startswith("lm_head.") else None
+        if name.split(".")[0] in self.head and (task == "encoder" or has_other_head(architectures)):
+            return "head of another task"
+        if name.startswith(f"{self.prefix}.pooler.") and not self.pools:
+            return "pooler, which this family's classifier does not use"
+        return None
+
+
+_EXTRAS = (
+    (r"(\w+\.)?embeddings\.(position_ids|token_type_ids)$", "buffer, computed on the fly"),
+    (r"(cls|lm_head|vocab_transform|vocab_layer_norm|vocab_projector)\.", "pretraining head"),
+    (r"qa_outputs\.", "question answering head"),
+)
+_DECODER_EXTRAS = (
+    (r"(\w+\.)*rotary_emb\.inv_freq$", "buffer, computed on the fly"),
+    (r"(score|qa_outputs)\.", "head of another task"),
+)
+
+
+def has_other_head(architectures: tuple[str, ...]) -> bool:
+    """Whether config.json's `architectures` name a head that is not for sequence classification.
+
+    >>> has_other_head(("BertForTokenClassification",)), has_other_head(("BertModel",))
+    (True, False)
+    """
+    return any("For" in name and not name.endswith("ForSequenceClassification") for name in architectures)
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first three names and how many follow, for errors.
+
+    >>> listed(["a", "b", "c", "d", "e"])
+    'a, b, c and 2 more'
+    """
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _decoder(model_type: str, architecture: str, body_architecture: str | None = None) -> Family:
+    return Family(
+        model_type=model_type,
+        prefix="model",
+        architecture=architecture,
+        body_architecture=body_architecture,
+        body=("embed_tokens", "layers", "norm"),
+        head=(),
+        tasks=("causal-lm", "encoder"),
+    )
+
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family(model_type="bert", prefix="bert", architecture="Bert", pools=True),
+        Family(model_type="roberta", prefix="roberta", architecture="Roberta"),
+        Family(model_type="xlm-roberta", prefix="roberta", architecture="XLMRoberta"),
+        Family(
+            model_type="distilbert",
+            prefix="distilbert",
+            architecture="DistilBert",
+            body=("embeddings", "transformer"),
+            head=("pre_classifier", "classifier"),
+        ),
+        _decoder("llama", "Llama"),
+        _decoder("mistral", "Mistral"),
+        _decoder("qwen2", "Qwen2"),
+        _decoder("qwen3", "Qwen3"),
+        _decoder("gemma2", "Gemma2"),
+        _decoder("gemma3_text", "Gemma3", "Gemma3Text"),
+    )
+}
+
+
+def family_of(config: Mapping[str, Any], where: str) -> Family:
+    """The family that config.json's `model_type` names.
+
+    Raises:
+      ValueError: there is none, or it is one we do not have.
+    """
+    model_type = config.get("model_type")
+    if model_type == "gemma3":
+        raise ValueError(
+            f"model_type 'gemma3' in {where} is the model of images and text, which is not supported; choose a"
+            " checkpoint of text alone, gemma3_text"
+        )
+    if model_type not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise ValueError(f"model_type {model_type!r} in {where} is not supported; choose a checkpoint of {known}")
+    return FAMILIES[model_type]

@@ -1,0 +1,227 @@
+"""Model surgery: which modules of a model match a config, and what takes their place.
+
+`adapt` changes a model in place; `merge` and `unwrap` return new ones. Everything is checked before anything is
+changed, so a model that `adapt` refuses is as it was.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any, TypeVar, overload
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from melora_jax.adaptation import Adaptation, Site
+from melora_jax.config import MELoRAConfig
+from melora_jax.graph import path_of, rewrite, walk
+from melora_jax.layers import FrozenParam, MELoRADense, MELoRAParam, freeze, thaw
+from melora_jax.matching import Plan, plan_sites
+from melora_jax.probing import check_outputs_move
+
+CONFIG_ATTRIBUTE = "melora_config"
+
+M = TypeVar("M", bound=nnx.Module)
+
+
+def adapt(model: nnx.Module, config: MELoRAConfig, *, rngs: nnx.Rngs, probe: Any = None) -> Adaptation:
+    """Puts mini-adapters into `model`, in place, and freezes the rest.
+
+    Every `nnx.Param` becomes a `FrozenParam`, but for those of `modules_to_save`, which are cast to float32;
+    each matched layer becomes a `MELoRADense` around the layer it was. Shared layers and tied variables stay shared.
+
+    Args:
+      model: any tree of NNX modules, lists, dicts and tuples.
+      config: what to adapt.
+      rngs: source of the factors' start values. Each site folds in its path, so they do not depend on the
+        order of the sites or on which others there are.
+      probe: inputs of one forward pass, a tuple of positional arguments (or one array). If given, each adapter is
+        perturbed and the output must move; a host that reads a layer's kernel instead of calling it is found so.
+
+    Returns:
+      An `Adaptation`: sites and parameter counts.
+
+    Raises:
+      ValueError: the model has adapters already; a target, override, exclusion or module to save matches nothing; a
+        matched module can't be adapted or n does not divide it; the probe finds a site without effect. The
+        message names the path and the remedy, and the model is left as it was.
+
+    >>> model = nnx.Sequential(nnx.Linear(4, 6, rngs=nnx.Rngs(0)), nnx.relu)
+    >>> config = MELoRAConfig(n=2, r=1, targets="all-linear")
+    >>> print(adapt(model, config, rngs=nnx.Rngs(0)))
+    site      d_in  d_out  n  r  rank  parameters  strategy
+    layers/0     4      6  2  1     2          10  packed
+    adapters 10 + head 0 = 10 trainable (25.00 %), 30 frozen
+    """
+    if probe is not None:
+        trial = nnx.clone(model)
+        adapt(trial, config, rngs=nnx.Rngs(0))
+        check_outputs_move(trial, list(adapters_of(trial).values()), probe)
+    plan = plan_sites(model, config)
+    key = rngs.params()
+    wrapped: dict[int, MELoRADense] = {}
+    for identity, site in plan.sites.items():
+        own = nnx.Rngs(jax.random.fold_in(key, zlib.crc32(site.path.encode())))
+        wrapped[identity] = MELoRADense.wrap(site.layer, site.spec, path=site.path, rngs=own)
+    _freeze_base(model, plan)
+    rewrite(model, lambda path, node: wrapped.get(id(node), node))
+    setattr(model, CONFIG_ATTRIBUTE, config)
+    return describe(model)
+
+
+def _freeze_base(model: nnx.Module, plan: Plan) -> None:
+    """Re-types parameters: those of saved modules to float32 `nnx.Param`, all others to `FrozenParam`."""
+    fresh: dict[int, nnx.Variable] = {}
+
+    def swap(path: Any, node: Any) -> Any:
+        if not isinstance(node, nnx.Param):
+            return node
+        if id(node) not in fresh:
+            fresh[id(node)] = _as_float32(node) if id(node) in plan.saved_variables else freeze(node)
+        return fresh[id(node)]
+
+    rewrite(model, swap)
+
+
+def _as_float32(variable: nnx.Variable) -> nnx.Variable:
+    # Updates of a small learning rate vanish in bfloat16; the layer's own dtype still sets how it computes.
+    value = variable[...]
+    if not jnp.issubdtype(value.dtype, jnp.floating) or value.dtype == jnp.float32:
+        return variable
+    return type(variable).from_metadata(value.astype(jnp.float32), variable.get_metadata())
+
+
+def adapters_of(model: nnx.Module) -> dict[str, MELoRADense]:
+    """The adapted layers of a model by path, each once, in the order of the tree."""
+    found: dict[int, tuple[str, MELoRADense]] = {}
+    for path, node in walk(model):
+        if isinstance(node, MELoRADense):
+            found.setdefault(id(node), (path_of(path), node))
+    return dict(found.values())
+
+
+def config_of(model: nnx.Module) -> MELoRAConfig:
+    """The config that `model` was adapted with.
+
+    Raises:
+      ValueError: it was not.
+    """
+    config = getattr(model, CONFIG_ATTRIBUTE, None)
+    if config is None:
+        kind = type(model).__name__
+        raise ValueError(f"{kind} was not adapted; call melora_jax.adapt(model, config, rngs=...) first")
+    return config
+
+
+def require_live(model: nnx.Module) -> None:
+    """Raises ValueError if a step that donates its state has deleted one of the model's arrays."""
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        value = variable.get_raw_value()
+        if isinstance(value, jax.Array) and value.is_deleted():
+            raise ValueError(
+                f"the array of {path_of(path)} is gone: a training step has taken it over; call nnx.update(model, "
+                "state.trainable, state.host) with the step's newest state first"
+            )
+
+
+def describe(model: nnx.Module) -> Adaptation:
+    """The `Adaptation` of a model that was adapted, counted afresh.
+
+    Raises:
+      ValueError: the model was not adapted.
+    """
+    config = config_of(model)
+    sites = tuple(_site(path, layer) for path, layer in adapters_of(model).items())
+    return Adaptation(
+        sites=sites,
+        adapter=sum(site.parameters for site in sites),
+        head=_size_of(model, nnx.Param) - _size_of(model, MELoRAParam),
+        frozen=_size_of(model, FrozenParam),
+        saved=tuple(config.modules_to_save),
+    )
+
+
+def _size_of(model: nnx.Module, kind: type[nnx.Variable]) -> int:
+    return sum(variable[...].size for _, variable in nnx.to_flat_state(nnx.state(model, kind)))
+
+
+def _site(path: str, layer: MELoRADense) -> Site:
+    spec, view = layer.spec, layer.view
+    parameters = spec.parameters(view.d_in, view.d_out)
+    return Site(
+        path, view.d_in, view.d_out, spec.n, spec.r, spec.rank, parameters, spec.scaling, spec.mixer, layer.strategy
+    )
+
+
+@overload
+def merge(model: MELoRADense) -> Any: ...
+@overload
+def merge(model: M) -> M: ...
+def merge(model: nnx.Module) -> nnx.Module:
+    """A new model (or layer) of plain Flax layers, with W + ΔW in place of each adapted kernel.
+
+    The sum is taken in float32 and rounded to the kernel's dtype. A kernel that was tied to an unadapted layer
+    is untied: only the adapted layer's copy changes. `model` is left as it was.
+
+    Raises:
+      ValueError: there is nothing to merge, or a training step has deleted the model's arrays.
+
+    >>> layer = MELoRADense(8, 12, n=4, rngs=nnx.Rngs(0))
+    >>> type(merge(layer)).__name__
+    'Linear'
+    """
+    return _plain(model, merged=True)
+
+
+@overload
+def unwrap(model: MELoRADense) -> Any: ...
+@overload
+def unwrap(model: M) -> M: ...
+def unwrap(model: nnx.Module) -> nnx.Module:
+    """A new model: the base without its adapters, parameters typed and valued as before `adapt`.
+
+    Modules in `modules_to_save` keep what they learned. `model` is left as it was.
+
+    Raises:
+      ValueError: the model has no adapters, or a training step has deleted its arrays.
+    """
+    return _plain(model, merged=False)
+
+
+def _plain(model: nnx.Module, merged: bool) -> nnx.Module:
+    if not isinstance(model, MELoRADense) and not adapters_of(model):
+        config_of(model)  # a model with a trained head and no sites is fine
+    require_live(model)
+    copy = nnx.clone(model)
+    # A training step that donates the model's arrays must not delete those of the new model.
+    _, _, donated = nnx.split(copy, FrozenParam, ...)
+    nnx.update(copy, jax.tree.map(jnp.copy, donated))
+    return _restore(copy, merged)
+
+
+def _restore(model: nnx.Module, merged: bool) -> nnx.Module:
+    """Takes the adapters out again, in place, and thaws the base."""
+    plain: dict[int, Any] = {}
+
+    def swap_layer(path: Any, node: Any) -> Any:
+        if isinstance(node, MELoRADense) and id(node) not in plain:
+            plain[id(node)] = _merged_layer(node) if merged else node.base
+        return plain.get(id(node), node)
+
+    def swap_variable(path: Any, node: Any) -> Any:
+        if isinstance(node, FrozenParam) and id(node) not in plain:
+            plain[id(node)] = thaw(node)
+        return plain.get(id(node), node)
+
+    model = rewrite(rewrite(model, swap_layer), swap_variable)
+    if hasattr(model, CONFIG_ATTRIBUTE):
+        delattr(model, CONFIG_ATTRIBUTE)
+    return model
+
+
+def _merged_layer(layer: MELoRADense) -> nnx.Module:
+    name = layer.view.kernel_name
+    old = getattr(layer.base, name)
+    setattr(layer.base, name, type(old).from_metadata(layer.merged(), old.get_metadata()))
+    return layer.base

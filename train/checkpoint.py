@@ -1,0 +1,138 @@
+"""Checkpoints of a run: trainables, optimizer state, step and config, by orbax; the latest and the best are kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from melora_jax import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Bookkeeping:
+    """What a run must remember beside its arrays.
+
+    Attributes:
+      config: the run's configuration as TOML text.
+      best: the best ranking metric so far, and the step it was seen at.
+      waited: evaluations since then, for early stopping.
+      seconds: time spent so far.
+    """
+
+    config: str
+    best: float | None = None
+    best_step: int | None = None
+    waited: int = 0
+    seconds: float = 0.0
+
+
+class Checkpoints:
+    """The checkpoints below `folder`. A context manager.
+
+    Only what training changes is stored; the frozen base is read from its own checkpoint. A save is complete or absent:
+    orbax writes beside and renames, and leftovers of a killed save are removed when the folder is opened again.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        # max_to_keep with a best_fn would drop the newest checkpoint, from which a run resumes.
+        keep = checkpoint_managers.AnyPreservationPolicy(
+            [
+                checkpoint_managers.LatestN(1),
+                checkpoint_managers.BestN(get_metric_fn=_rank, n=1, keep_checkpoints_without_metrics=False),
+            ]
+        )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=keep,
+            cleanup_tmp_directories=True,
+            # Adapters are small: a save that has returned is on disk, and its errors are ours to explain.
+            enable_async_checkpointing=False,
+        )
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def latest(self) -> int | None:
+        """The step of the newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    def describe_latest(self) -> str:
+        """What is left to go on from."""
+        latest = self.latest()
+        return "no checkpoint was written yet" if latest is None else f"the checkpoint of step {latest} is intact"
+
+    def save(self, state: TrainState, notes: Bookkeeping, score: float | None) -> None:
+        """Saves at the state's step; a checkpoint of that step is left as it is.
+
+        Args:
+          score: the ranking metric, larger is better; `None` for a save without an evaluation.
+
+        Raises:
+          OSError: the disk refuses. Earlier checkpoints stay.
+        """
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(_named(state)), notes=ocp.args.JsonSave(dataclasses.asdict(notes))
+        )
+        metrics = None if score is None else {"score": score, "step": step}
+        try:
+            self._manager.save(step, args=items, metrics=metrics)
+        except (OSError, ValueError) as error:
+            raise OSError(
+                f"checkpoint of step {step} could not be written to {self.folder}: {_reason(error)}"
+            ) from error
+
+    def restore(self, like: TrainState) -> tuple[TrainState, Bookkeeping]:
+        """The newest checkpoint, as arrays placed like those of `like`.
+
+        Raises:
+          ValueError: it does not fit `like`, or is damaged.
+        """
+        step = self._manager.latest_step()
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _named(like))
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), notes=ocp.args.JsonRestore())
+        try:
+            restored = self._manager.restore(step, args=items)
+        except (ValueError, KeyError, OSError) as error:
+            raise ValueError(
+                f"checkpoint {self.folder / str(step)} can't be restored, it is of another model or damaged; "
+                f"start again in another --output.folder: {_reason(error)}"
+            ) from error
+        leaves = [restored["state"][name] for name in _named(like)]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves), Bookkeeping(**restored["notes"])
+
+    def notes(self) -> Bookkeeping:
+        """The newest checkpoint's bookkeeping alone."""
+        step = self._manager.latest_step()
+        restored = self._manager.restore(step, args=ocp.args.Composite(notes=ocp.args.JsonRestore()))
+        return Bookkeeping(**restored["notes"])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._manager.close()
+
+
+def _rank(metrics: Any) -> Any:
+    """A sort key: of equal scores the first step wins, as in the loop. (orbax says float; a pair sorts too.)"""
+    return metrics["score"], -metrics["step"]
+
+
+def _named(state: TrainState) -> dict[str, Any]:
+    """The leaves of a state under readable names, in the tree's order."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _reason(error: Exception) -> str:
+    """The first line of a library's error, shortened."""
+    return " ".join(str(error).split())[:200]

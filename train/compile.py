@@ -1,0 +1,51 @@
+"""Compiling ahead: one executable for each batch width, so that nothing compiles in mid-run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+from flax import nnx
+
+from melora_jax import TrainState, make_train_step
+from train.experiment import Experiment
+from train.step import Batch, make_eval_step, make_loss
+
+_AT_ONCE = 4  # compilations in parallel; each takes about a core and some hundred MB
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """Executables by batch width."""
+
+    train: Mapping[int, Any]
+    evaluate: Mapping[int, Any]
+
+
+def compile_steps(experiment: Experiment, state: TrainState, frozen: nnx.State, key: jax.Array) -> Steps:
+    """The training step for each width of the plan, the evaluation step for each width of the held-out rows."""
+    material, measure = experiment.material, experiment.measure
+    parts = experiment.config.train.accumulate
+    step = make_train_step(experiment.model, experiment.tx, make_loss(measure), accumulate=parts)
+    eval_step = make_eval_step(experiment.model, measure)
+    batch = material.train.batch(material.plan.batch(0))
+    lowered = {
+        ("train", width): step.lower(state, frozen, _of_width(batch, width), key) for width in material.plan.widths
+    }
+    batch = material.validation.batch(material.held_out[0])
+    for width in {rows.width for rows in material.held_out}:
+        lowered["evaluate", width] = eval_step.lower(state, frozen, _of_width(batch, width))
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        compiled = dict(zip(lowered, pool.map(lambda one: one.compile(), lowered.values()), strict=True))
+    by_kind = {kind: {w: run for (k, w), run in compiled.items() if k == kind} for kind in ("train", "evaluate")}
+    return Steps(**by_kind)
+
+
+def _of_width(batch: Batch, width: int) -> Batch:
+    """The shapes and dtypes of a batch like `batch`, [b, t] arrays `width` wide."""
+    return {
+        name: jax.ShapeDtypeStruct((len(x), width) if x.ndim == 2 else x.shape, x.dtype) for name, x in batch.items()
+    }

@@ -1,0 +1,128 @@
+"""A run's parts, made and checked before the first step: data, model, adapters, optimizer, batches."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+import melora_jax as mj
+from train.config import RunConfig
+from train.material import Material, read_material
+from train.step import Measurer, measurer
+
+_TASKS = {"classification": "sequence-classification", "regression": "regression", "causal-lm": "causal-lm"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Everything a run needs."""
+
+    config: RunConfig
+    material: Material
+    measure: Measurer
+    model: nnx.Module
+    adaptation: mj.Adaptation
+    schedule: optax.Schedule
+    tx: optax.GradientTransformation
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return _total_steps(self.config, self.material)
+
+    @property
+    def eval_every(self) -> int:
+        """Steps between evaluations."""
+        return self.config.train.eval_every or self.material.plan.steps_per_epoch
+
+    @property
+    def folder(self) -> Path:
+        """Where results go."""
+        return Path(self.config.output.folder)
+
+
+def prepare(config: RunConfig) -> Experiment:
+    """Reads the data and the model, adapts it, and plans the batches.
+
+    Raises:
+      ValueError, FileNotFoundError: whatever is wrong with the data, the checkpoint or the adapter's settings.
+    """
+    material = read_material(config)
+    seed = jax.random.key(config.train.seed)
+    model = mj.from_pretrained(
+        config.model.name,
+        task=_TASKS[config.model.task],
+        num_labels=material.num_labels,
+        dtype=config.model.dtype,
+        remat=config.model.remat,
+        rngs=nnx.Rngs(jax.random.fold_in(seed, 0)),
+    )
+    _check_fit(model, config, material)
+    adaptation = mj.adapt(model, config.melora, rngs=nnx.Rngs(jax.random.fold_in(seed, 1)))
+    schedule, tx = _optimizer(model, config, _total_steps(config, material))
+    measure = measurer(config.model.task, config.instruction.chunk)
+    return Experiment(config, material, measure, model, adaptation, schedule, tx)
+
+
+def _check_fit(model: Any, config: RunConfig, material: Material) -> None:
+    """The tokens must be the model's, and not more a row than it takes."""
+    if config.data.max_length > model.max_length:
+        raise ValueError(
+            f"data.max_length={config.data.max_length} is over the {model.max_length} tokens that the model takes; "
+            "lower it"
+        )
+    rows = model.config["vocab_size"]
+    if material.most_id >= rows:
+        raise ValueError(
+            f"the tokenizer of {config.model.name} gives the id {material.most_id}, and the model's embedding has "
+            f"{rows} rows; put the tokenizer of this checkpoint into its folder"
+        )
+
+
+def _total_steps(config: RunConfig, material: Material) -> int:
+    steps = config.train.epochs * material.plan.steps_per_epoch
+    return min(steps, config.train.max_steps or steps)
+
+
+def _optimizer(model: nnx.Module, config: RunConfig, total: int) -> tuple[optax.Schedule, optax.GradientTransformation]:
+    optim = config.optim
+
+    def schedule(peak: float | None) -> optax.Schedule | None:
+        return None if peak is None else make_schedule(peak, total, optim.warmup_ratio, optim.schedule)
+
+    main = make_schedule(optim.learning_rate, total, optim.warmup_ratio, optim.schedule)
+    tx = mj.make_optimizer(
+        model,
+        main,
+        head_learning_rate=schedule(optim.head_learning_rate),
+        b_learning_rate=schedule(optim.b_learning_rate),
+        weight_decay=optim.weight_decay,
+        b1=optim.beta1,
+        b2=optim.beta2,
+        eps=optim.epsilon,
+        clip_norm=optim.clip_norm,
+    )
+    return main, tx
+
+
+def make_schedule(peak: float, total: int, warmup_ratio: float, shape: str) -> optax.Schedule:
+    """The learning rate by step: a linear rise from 0, then linear or cosine decay to 0 at `total`, or constant.
+
+    >>> rate = make_schedule(1.0, total=10, warmup_ratio=0.2, shape="linear")
+    >>> [round(float(rate(step)), 3) for step in (0, 1, 2, 6, 10)]
+    [0.0, 0.5, 1.0, 0.5, 0.0]
+    """
+    warmup = int(np.ceil(total * warmup_ratio))
+    left = max(1, total - warmup)
+    after = {
+        "linear": optax.linear_schedule(peak, 0.0, left),
+        "cosine": optax.cosine_decay_schedule(peak, left),
+        "constant": optax.constant_schedule(peak),
+    }[shape]
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after

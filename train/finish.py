@@ -1,0 +1,41 @@
+"""After the last step: the best adapter, its export, its spectra and the report."""
+
+from __future__ import annotations
+
+import json
+
+import melora_jax as mj
+from train.errors import RunError
+from train.experiment import Experiment
+from train.record import replace_text
+from train.report import write_report
+from train.run_folder import resume_command
+
+
+def finish(experiment: Experiment) -> list[str]:
+    """Puts the best adapter into the model and writes all that is made of it.
+
+    Returns:
+      Lines to print: what is where, and the commands that use it.
+
+    Raises:
+      RunError: the disk refuses; the adapter itself was saved during the run.
+    """
+    try:
+        return _write_results(experiment)
+    except OSError as error:
+        again = resume_command(experiment.folder)
+        raise RunError(f"{error}; training is done and saved; make room and finish with: {again}") from error
+
+
+def _write_results(experiment: Experiment) -> list[str]:
+    folder = experiment.folder
+    mj.load_adapter(experiment.model, folder / "adapter")
+    lines = [f"adapter  {folder / 'adapter'}"]
+    if experiment.adaptation.sites:
+        mj.export_peft(experiment.model, folder / "peft")
+        lines.append(f"PEFT     {folder / 'peft'}")
+    spectra = {path: values.tolist() for path, values in mj.spectra(experiment.model).items()}
+    replace_text(folder / "spectra.json", json.dumps(spectra) + "\n")
+    lines.append(f"report   {write_report(folder)}")
+    return lines

@@ -1,0 +1,63 @@
+"""What a run is, as its folder states it, and whether a folder holds that run."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import melora_jax as mj
+from train.config import to_toml
+from train.experiment import Experiment
+from train.record import replace_text
+from train.run_folder import resume_command
+
+# Settings that may change between the parts of a run: they touch neither the weights nor the order of the data.
+_FREE = (("output", "folder"), ("train", "log_every"), ("train", "tensorboard"), ("train", "patience"))
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
+
+
+def check_folder(folder: Path, resume: bool) -> None:
+    """Raises ValueError where a new run would meet another in `folder`, or a resumed one nothing to go on from."""
+    started = (folder / "metrics.jsonl").exists() or (folder / "checkpoints").exists()
+    has_steps = any(entry.name.isdigit() for entry in (folder / "checkpoints").glob("*"))
+    if resume and not has_steps:
+        raise ValueError(f"{folder} holds no checkpoint to resume from; start the run without --resume")
+    if started and not resume:
+        raise ValueError(
+            f"{folder} holds a run already; continue it with `{resume_command(folder)}`, or choose another "
+            "--output.folder"
+        )
+
+
+def check_config(experiment: Experiment, saved: str, folder: Path) -> None:
+    """A resumed run must be the same run."""
+    here, there = tomllib.loads(to_toml(experiment.config)), tomllib.loads(saved)
+    for section in here.keys() | there.keys():
+        for key in here.get(section, {}).keys() | there.get(section, {}).keys():
+            ours, theirs = (table.get(section, {}).get(key) for table in (here, there))
+            if ours != theirs and (section, key) not in _FREE:
+                raise ValueError(
+                    f"{section}.{key} is {ours!r}, but {theirs!r} in the run that {folder} holds; resume it as it was: "
+                    f"`{resume_command(folder)}`"
+                )
+
+
+def write_facts(experiment: Experiment) -> None:
+    """The files that say what the run is."""
+    folder = experiment.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_text(folder / "config.toml", to_toml(experiment.config))
+    _write_json(folder / "sites.json", experiment.adaptation.to_dict())
+    versions = {name: version(name) for name in _PACKAGES}
+    _write_json(
+        folder / "versions.json", {"melora_jax": mj.__version__} | versions | {"backend": jax.default_backend()}
+    )
+
+
+def _write_json(path: Path, values: Any) -> None:
+    replace_text(path, json.dumps(values, indent=2) + "\n")

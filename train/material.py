@@ -1,0 +1,180 @@
+"""A run's rows and the batches they make, whatever the task: what a step is fed with."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from train.batching import BatchPlan, BatchRows, bucket_widths, eval_batches, make_batch
+from train.chat import read_tokenizer
+from train.config import RunConfig
+from train.data import Split, load_examples
+from train.instruct import Examples, tokenize_conversations
+from train.instruction_data import load_instructions
+from train.packing import PackedRows, PackPlan, make_token_batch, packed_eval_batches
+from train.step import Batch
+from train.templates import make_template
+from train.text import Tokens, load_tokenizer, tokenize
+
+# What only rows that hold several examples need: else the model sees to order and positions by itself, and padding
+# comes last, where no token looks.
+_OF_PACKED_ROWS = ("segment_ids", "position_ids")
+
+
+class Rows(Protocol):
+    """The rows of one split."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example, int32 [examples]."""
+        ...
+
+    def batch(self, rows: Any) -> Batch:
+        """The arrays of a batch."""
+        ...
+
+    def examples(self, rows: Any) -> np.ndarray:
+        """Which examples a batch holds, int [examples]."""
+        ...
+
+
+class Plan(Protocol):
+    """Training batches: step → rows, a pure function of (seed, step)."""
+
+    widths: tuple[int, ...]
+    steps_per_epoch: int
+
+    def batch(self, step: int) -> Any:
+        """The rows of a step, with their `width` in tokens."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Material:
+    """What a run trains on and is evaluated on. `notes` are lines that the user should see before it starts.
+
+    Attributes:
+      labels: of the held-out rows; None where a task has none but the text.
+      num_labels: how many classes there are; None as for `labels`.
+      most_id: the largest token id.
+    """
+
+    train: Rows
+    validation: Rows
+    plan: Plan
+    held_out: Sequence[Any]
+    labels: np.ndarray | None
+    num_labels: int | None
+    most_id: int
+    notes: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledRows:
+    """Texts with labels."""
+
+    tokens: Tokens
+    labels: np.ndarray
+    pad_id: int
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.tokens.lengths
+
+    def batch(self, rows: BatchRows) -> Batch:
+        return make_batch(self.tokens, self.labels, rows.indices, rows.width, self.pad_id)
+
+    def examples(self, rows: BatchRows) -> np.ndarray:
+        return rows.indices[rows.indices >= 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenRows:
+    """Texts to be written, one or, packed, several a row."""
+
+    tokens: Examples
+    pad_id: int
+    packed: bool
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.tokens.lengths
+
+    def batch(self, rows: PackedRows | BatchRows) -> Batch:
+        arrays = make_token_batch(self.tokens, rows, self.pad_id)
+        unused = ("attention_mask", *(() if self.packed else _OF_PACKED_ROWS))
+        return {name: array for name, array in arrays.items() if name not in unused}
+
+    def examples(self, rows: PackedRows | BatchRows) -> np.ndarray:
+        if isinstance(rows, PackedRows):
+            return np.array([example for row in rows.rows for example in row], np.int64)
+        return rows.indices[rows.indices >= 0]
+
+
+def read_material(config: RunConfig) -> Material:
+    """Reads and tokenises the data of a run, and plans its batches.
+
+    Raises:
+      ValueError: whatever is wrong with the data or the tokenizer.
+    """
+    return _instructions(config) if config.model.task == "causal-lm" else _labelled(config)
+
+
+def _labelled(config: RunConfig) -> Material:
+    dataset = load_examples(config.data, config.model.task)
+    tokenizer = load_tokenizer(config.model.name)
+    pad_id: Any = tokenizer.pad_token_id  # an int: `load_tokenizer` saw to it
+    notes = [*dataset.notes]
+
+    def rows(split: Split, name: str) -> LabelledRows:
+        tokens, report = tokenize(tokenizer, split.texts, config.data.max_length)
+        notes.append(f"{name}: {report}")
+        return LabelledRows(tokens, split.labels, pad_id)
+
+    train, validation = rows(dataset.train, "train"), rows(dataset.validation, "held out")
+    widths = bucket_widths(config.data.buckets, config.data.max_length)
+    return Material(
+        train,
+        validation,
+        BatchPlan(train.lengths, config.train.batch_size, widths, config.train.seed),
+        eval_batches(validation.lengths, config.train.eval_batch_size, widths),
+        validation.labels,
+        dataset.num_labels,
+        _largest(train.tokens.input_ids, validation.tokens.input_ids),
+        tuple(notes),
+    )
+
+
+def _instructions(config: RunConfig) -> Material:
+    how, limit, sizes = config.instruction, config.data.max_length, config.train
+    data = load_instructions(config.data, how.format, how.held_out)
+    tokenizer = read_tokenizer(config.model.name)
+    template = make_template(tokenizer, how.template)
+    notes, splits = [*data.notes], []
+    for name, conversations in (("train", data.train), ("held out", data.validation)):
+        examples, report = tokenize_conversations(tokenizer, template, conversations, limit, how.loss, how.lost)
+        notes.append(f"{name}: {report}")
+        splits.append(TokenRows(examples, _padding_of(tokenizer), how.pack))
+    train, validation = splits
+    if how.pack:
+        plan: Plan = PackPlan(train.lengths, sizes.batch_size, limit, sizes.seed)
+        held_out: Sequence[Any] = packed_eval_batches(validation.lengths, sizes.eval_batch_size, limit)
+        notes.append(f"train: {plan}")
+    else:
+        widths = bucket_widths(config.data.buckets, limit)
+        plan = BatchPlan(train.lengths, sizes.batch_size, widths, sizes.seed)
+        held_out = eval_batches(validation.lengths, sizes.eval_batch_size, widths)
+    most_id = _largest(train.tokens.input_ids, validation.tokens.input_ids)
+    return Material(train, validation, plan, held_out, None, None, most_id, tuple(notes))
+
+
+def _padding_of(tokenizer: Any) -> int:
+    """Padding is never looked at, so any id does for a tokenizer without one."""
+    return 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+
+
+def _largest(*splits: Sequence[np.ndarray]) -> int:
+    return max(int(ids.max()) for split in splits for ids in split if len(ids))

@@ -1,0 +1,140 @@
+"""Recipes: TOML files read into configuration sections; errors tell the file, the line and the nearest key."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from train.sections import Sections
+
+RECIPES = Path(__file__).parent / "recipes"
+_TYPE_WORDS = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def read_recipe(path: Path) -> Sections:
+    """The sections of a TOML file; keys it lacks keep their defaults.
+
+    Raises:
+      ValueError: no such file, not TOML, an unknown section or key, a wrong type.
+    """
+    if not path.is_file():
+        shipped = ", ".join(sorted(recipe.name for recipe in RECIPES.glob("*.toml")))
+        raise ValueError(f"no recipe at {path}; give the path of a TOML file, or one of train/recipes: {shipped}")
+    try:
+        text = path.read_bytes().decode("utf-8")
+        tables = tomllib.loads(text)
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"{path} is not TOML: {error}") from None
+    hints = typing.get_type_hints(Sections)
+    for name, table in tables.items():
+        place = _place(path, text, name)
+        if not isinstance(table, dict):
+            raise ValueError(f"{place}: key {name} stands outside any section{_perhaps(name, hints)}")
+        if name not in hints:
+            raise ValueError(f"{place}: unknown section {name}{_perhaps(name, hints)}")
+    return Sections(**{name: _read_section(path, text, name, table, hints) for name, table in tables.items()})
+
+
+def check_options(words: Sequence[str]) -> None:
+    """Refuses options, such as --optim.lr, that no section has; their values are not looked at.
+
+    Raises:
+      ValueError: the first unknown option, with the nearest known one.
+    """
+    hints = typing.get_type_hints(Sections)
+    for word in words:
+        if not word.startswith("--") or word == "--help":
+            continue
+        dotted = word.removeprefix("--").partition("=")[0].replace("-", "_")
+        section, _, key = dotted.partition(".")
+        known = typing.get_type_hints(hints[section]) if section in hints else {}
+        if key not in known and known.get(key.removeprefix("no_")) is not bool:
+            raise ValueError(f"unknown option --{dotted}{_perhaps(dotted, hints)}")
+
+
+def _read_section(path: Path, text: str, name: str, table: dict[str, Any], hints: dict[str, Any]) -> Any:
+    known = typing.get_type_hints(hints[name])
+    values = {}
+    for key, value in table.items():
+        dotted = f"{name}.{key}"
+        if key not in known:
+            raise ValueError(f"{_place(path, text, dotted)}: unknown key {dotted}{_perhaps(dotted, hints)}")
+        try:
+            values[key] = _fit(value, known[key])
+        except TypeError:
+            problem = f"{dotted} = {value!r} must be {_wanted(known[key])}"
+            raise ValueError(f"{_place(path, text, dotted)}: {problem}") from None
+    return hints[name](**values)
+
+
+def _perhaps(dotted: str, hints: dict[str, Any]) -> str:
+    """The nearest known key to one that is not: of its own section, else of that name in any; else what there is."""
+    keys = {section: list(typing.get_type_hints(hint)) for section, hint in hints.items()}
+    section, _, key = dotted.rpartition(".")
+    own = keys.get(section, list(keys))
+    near = difflib.get_close_matches(key, own, n=1)
+    if near:
+        return f"; perhaps {section}.{near[0]}" if section else f"; perhaps [{near[0]}]"
+    elsewhere = [f"{other}.{key}" for other, known in keys.items() if key in known]
+    return f"; perhaps {elsewhere[0]}" if elsewhere else f"; there are {', '.join(own)}"
+
+
+def _place(path: Path, text: str, dotted: str) -> str:
+    """The file, and the line on which `dotted` stands, as tomllib does not tell it."""
+    header = ""
+    for number, line in enumerate(text.split("\n"), start=1):
+        line = line.strip()
+        if table := re.fullmatch(r"\[([^\[\]]+)\]\s*(#.*)?", line):
+            found = header = _plain(table[1])
+        elif "=" in line:
+            found = f"{header}.{_plain(line.partition('=')[0])}".removeprefix(".")
+        else:
+            continue
+        if found == dotted or found.startswith(f"{dotted}."):
+            return f"{path} line {number}"
+    return str(path)
+
+
+def _plain(key: str) -> str:
+    return ".".join(part.strip().strip("\"'") for part in key.split("."))
+
+
+def _fit(value: Any, hint: Any) -> Any:
+    """`value` as TOML gives it, made to fit the annotation: lists become tuples, whole numbers floats."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        for option in options:
+            try:
+                return _fit(value, option)
+            except TypeError:
+                continue
+    elif origin is Literal and value in options:
+        return value
+    elif origin is tuple and isinstance(value, list):
+        return tuple(_fit(entry, options[0]) for entry in value)
+    elif origin is dict and isinstance(value, dict):
+        return {key: _fit(entry, options[1]) for key, entry in value.items()}
+    elif hint is float and type(value) in (int, float):
+        return float(value)
+    elif type(value) is hint:
+        return value
+    raise TypeError(value)
+
+
+def _wanted(hint: Any) -> str:
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(_wanted(option) for option in options if option is not type(None))
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, options))
+    if origin is tuple:
+        return f"a list, each entry {_wanted(options[0])}"
+    if origin is dict:
+        return f"a table, each value {_wanted(options[1])}"
+    return _TYPE_WORDS[hint]

@@ -1,0 +1,233 @@
+"""The sections of a run's configuration. Field docstrings are the command line's help."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Annotated, Any, Literal
+
+from tyro.constructors import PrimitiveConstructorSpec
+
+_PLAIN_NAME = re.compile(r"[\w./-]+")
+
+
+def _names_from_words(words: list[str]) -> tuple[str, ...] | str:
+    """One word that can't be a plain name is a regular expression; "all-linear" is a word of its own."""
+    if len(words) == 1 and (words[0] == "all-linear" or not _PLAIN_NAME.fullmatch(words[0])):
+        return words[0]
+    return tuple(words)
+
+
+def _pattern_from_words(words: list[str]) -> dict[str, Any]:
+    pattern: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.rpartition("=")
+        if not (name and equals):
+            raise ValueError(f"{word!r} is not PATH=VALUE or PATH=VALUE,VALUE")
+        numbers = [float(v) if "." in v or "e" in v else int(v) for v in value.split(",")]
+        pattern[name] = tuple(numbers) if len(numbers) > 1 else numbers[0]
+    return pattern
+
+
+def _words_from_pattern(pattern: dict[str, Any]) -> list[str]:
+    return [
+        f"{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}" for name, value in pattern.items()
+    ]
+
+
+Names = Annotated[
+    tuple[str, ...] | str,
+    PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[NAME ...]|REGEX",
+        instance_from_str=_names_from_words,
+        is_instance=lambda value: isinstance(value, str | tuple),
+        str_from_instance=lambda value: [value] if isinstance(value, str) else list(value),
+    ),
+]
+
+_PATTERN = PrimitiveConstructorSpec(
+    nargs="*",
+    metavar="[PATH=VALUE ...]",
+    instance_from_str=_pattern_from_words,
+    is_instance=lambda value: isinstance(value, dict),
+    str_from_instance=_words_from_pattern,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The pretrained model."""
+
+    name: str = ""
+    """A folder with config.json and safetensors, or a Hugging Face hub id."""
+    task: Literal["classification", "regression", "causal-lm"] = "classification"
+    """What the model predicts: a class, one number, or the next token."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the model's computation; adapters and optimizer state stay float32."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What a decoder's backward pass computes again, to save memory: nothing, all but products, or whole layers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """The adapters; each key is the `melora_jax.MELoRAConfig` argument of the same name."""
+
+    n: int = 8
+    """Mini-adapters a layer; it divides both sizes of each adapted layer. 1 is LoRA."""
+    r: int | tuple[int, ...] = 1
+    """Rank of one mini-adapter, or one rank a mini."""
+    alpha: float | tuple[float, ...] = 16.0
+    """Numerator of the adapter's scale, or one a mini."""
+    dropout: float = 0.0
+    """Probability of zeroing an input feature of an adapter."""
+    scaling: Literal["mini", "total", "rslora"] = "mini"
+    """Scale: mini is alpha/r, total alpha/(n*r), rslora alpha/sqrt(n*r)."""
+    mixer: Literal["identity", "all", "shuffle"] = "identity"
+    """identity is MELoRA, all is LoRA of rank r, shuffle is GraLoRA."""
+    strategy: Literal["auto", "batched", "packed"] = "auto"
+    """How the product is computed; all give the same result."""
+    targets: Names = ("query", "value")
+    """Layers to adapt: name suffixes, one regular expression, or all-linear; empty trains modules_to_save alone."""
+    exclude: Names = ()
+    """Layers to leave alone: name suffixes or one regular expression."""
+    layers: tuple[int, ...] | None = None
+    """Adapt only the layers with these numbers."""
+    n_pattern: Annotated[dict[str, int], _PATTERN] = dataclasses.field(default_factory=dict)
+    """Other values of n, by path suffix or regular expression."""
+    rank_pattern: Annotated[dict[str, int | tuple[int, ...]], _PATTERN] = dataclasses.field(default_factory=dict)
+    """Other values of r, by path suffix or regular expression."""
+    alpha_pattern: Annotated[dict[str, float | tuple[float, ...]], _PATTERN] = dataclasses.field(default_factory=dict)
+    """Other values of alpha, by path suffix or regular expression."""
+    modules_to_save: tuple[str, ...] = ("classifier",)
+    """Suffixes of modules trained whole beside the adapters, such as the head."""
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+    """Start of A; B starts at zero."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The text: a hub data set (`name`), or two local files (`train` and `validation`)."""
+
+    name: str | None = None
+    """A Hugging Face data set, or a GLUE task as glue/rte."""
+    subset: str | None = None
+    """The hub data set's subset (configuration), where it has several."""
+    validation_split: str | None = None
+    """The hub split that is held out; by default validation, or what GLUE uses."""
+    train: str | None = None
+    """Training rows: a .jsonl, .json, .csv, .tsv (without quoting) or .parquet file."""
+    validation: str | None = None
+    """Held-out rows, same formats."""
+    text: tuple[str, ...] = ()
+    """One or two text columns; by default GLUE's own, else text."""
+    label: str = "label"
+    """The label column."""
+    label_names: tuple[str, ...] = ()
+    """Class names in the order of their numbers; by default the data set's own, else sorted."""
+    max_length: int = 256
+    """Tokens a row; longer rows are cut, and counted."""
+    buckets: tuple[int, ...] = (12, 16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512)
+    """Widths that batches are padded to, each compiled once; those under max_length count, and max_length itself."""
+    train_limit: int | None = None
+    """Train on the first so many rows only."""
+    eval_limit: int | None = None
+    """Evaluate on the first so many rows only."""
+
+
+@dataclasses.dataclass(frozen=True)
+class InstructionConfig:
+    """How the rows of a causal-lm run, conversations, become tokens."""
+
+    format: Literal["alpaca", "sharegpt", "messages", "completion"] | None = None
+    """The rows' columns: instruction, input and output; conversations; messages; prompt and completion. By default the
+    format that fits."""
+    template: Literal["chat", "alpaca"] = "chat"
+    """The tokenizer's own chat template, or Stanford Alpaca's."""
+    loss: Literal["responses", "all"] = "responses"
+    """The tokens that count in the loss."""
+    lost: Literal["drop", "error"] = "drop"
+    """What becomes of a row whose whole response is cut off by data.max_length, where responses alone count."""
+    held_out: int | None = None
+    """Hold out so many of the training rows, drawn at random, instead of reading data.validation."""
+    pack: bool = True
+    """Put several conversations into one row of data.max_length tokens, none seeing another; else one a row."""
+    chunk: int = 1024
+    """Tokens whose logits are held at once."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    learning_rate: float = 4e-4
+    """Peak learning rate."""
+    head_learning_rate: float | None = None
+    """Peak learning rate of modules_to_save; by default learning_rate (the authors take half of it)."""
+    b_learning_rate: float | None = None
+    """Peak learning rate of the B factors; by default learning_rate (LoRA+ takes more)."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of all trainable arrays."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.999
+    """Decay of the second moment."""
+    epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    warmup_ratio: float = 0.06
+    """Share of all steps in which the learning rate rises from 0."""
+    clip_norm: float = 1.0
+    """Largest global norm of the trainable gradients."""
+    schedule: Literal["linear", "constant", "cosine"] = "linear"
+    """The learning rate's course after warm-up."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    epochs: int = 3
+    """Passes over the training rows."""
+    max_steps: int | None = None
+    """End after so many optimizer steps, if sooner."""
+    batch_size: int = 32
+    """Rows an optimizer step."""
+    accumulate: int = 1
+    """Parts a batch is split into, one after another, to save memory."""
+    seed: int = 42
+    """Seed of the head, the adapters, the order of rows and dropout."""
+    eval_every: int | None = None
+    """Evaluate every so many steps; by default after each epoch."""
+    eval_at_start: bool = False
+    """Evaluate before the first step too."""
+    eval_batch_size: int = 64
+    """Rows an evaluation batch."""
+    metric: str | None = None
+    """The metric that ranks checkpoints (or loss); by default the task's first."""
+    patience: int | None = None
+    """Stop after so many evaluations without a better metric; by default never."""
+    log_every: int = 10
+    """Log every so many steps."""
+    tensorboard: bool = False
+    """Write TensorBoard events too."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputConfig:
+    """Where results go."""
+
+    folder: str = ""
+    """The run's folder; by default runs/ and the recipe's name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sections:
+    """Fine-tune a pretrained model with MELoRA adapters."""
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    instruction: InstructionConfig = dataclasses.field(default_factory=InstructionConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    output: OutputConfig = dataclasses.field(default_factory=OutputConfig)
