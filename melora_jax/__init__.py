@@ -8,6 +8,7 @@ from melora_jax.layers import FrozenParam, MELoRADense, MELoRAParam
 from melora_jax.models import from_pretrained, save_pretrained
 from melora_jax.models.gguf_tokenizer import tokenizer_from_gguf
 from melora_jax.optim import TrainState, make_optimizer, make_train_step, train_state
+from melora_jax.stacking import Stacking, stack_layers, unstack_layers
 from melora_jax.surgery import Adaptation, adapt, describe, merge, unwrap
 
 __version__ = "0.1.0"
@@ -20,6 +21,7 @@ __all__ = [
     "MELoRADense",
     "MELoRAParam",
     "NewTokens",
+    "Stacking",
     "TrainState",
     "adapt",
     "describe",
@@ -34,8 +36,10 @@ __all__ = [
     "save_adapter",
     "save_pretrained",
     "spectra",
+    "stack_layers",
     "stream",
     "tokenizer_from_gguf",
     "train_state",
+    "unstack_layers",
     "unwrap",
 ]
