@@ -43,7 +43,7 @@ def scale_of(spec: AdapterSpec) -> np.ndarray:
 
 
 def start_key(key: Array, path: str) -> Array:
-    """The key of a site's start values: its path folded in, so that they do not depend on which other sites there are."""
+    """The key of a site's start values: its path folded in, so that they do not depend on the other sites."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 

@@ -75,7 +75,7 @@ def view_of(layer: nnx.Module) -> DenseView:
     if isinstance(layer, nnx.Linear):
         return DenseView(layer.in_features, layer.out_features, out_shape=(layer.out_features,))
     if isinstance(layer, nnx.Embed):
-        return _view_of_embed(layer)
+        return view_of_table(layer.num_embeddings, layer.features)
     if isinstance(layer, nnx.LinearGeneral):
         return _view_of_linear_general(layer)
     if isinstance(layer, nnx.Einsum):
@@ -84,10 +84,9 @@ def view_of(layer: nnx.Module) -> DenseView:
     raise ValueError(f"{kind} has no dense kernel [d_in, d_out]; adaptable are Linear, LinearGeneral, Einsum and Embed")
 
 
-def _view_of_embed(layer: nnx.Embed) -> DenseView:
-    return DenseView(
-        layer.num_embeddings, layer.features, kernel_name="embedding", out_shape=(layer.features,), lookup=True
-    )
+def view_of_table(rows: int, features: int) -> DenseView:
+    """The view of an embedding's table `[rows, features]`."""
+    return DenseView(rows, features, kernel_name="embedding", out_shape=(features,), lookup=True)
 
 
 def _view_of_linear_general(layer: nnx.LinearGeneral) -> DenseView:
