@@ -101,7 +101,7 @@ class AdaptedModule:
         for site in self.sites.values():
             if site.layer.lifting.sizes:
                 raise ValueError(
-                    f"{site.path} is a stack of {site.layer.lifting.copies} layers, of which a folder of adapters has one "
+                    f"{site.path} is a stack of {site.layer.lifting.copies} layers, of which a folder has one "
                     "each; save the collection itself, by orbax or flax.serialization"
                 )
         sites = {}

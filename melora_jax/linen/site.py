@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax.core import meta
 
 from melora_jax.blocks import init_factors, start_key
