@@ -1,4 +1,4 @@
-"""adapt for Linen models as people write them: remat, shared and scanned layers, vmap, jit, state, subclasses, boxes."""
+"""adapt for Linen models as people write them: remat, shared and scanned layers, vmap, jit, state, subclasses."""
 
 from __future__ import annotations
 
@@ -202,6 +202,78 @@ def test_nested_transforms() -> None:
     np.testing.assert_allclose(jax.jit(module.apply)(both, X)[2], jax.jit(one.apply)(member, X), rtol=1e-5, atol=1e-5)
 
 
+class Experts(nn.Module):
+    """A layer type that is transformed itself, and one with an axis in its kernel that no adapter has."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        experts = nn.vmap(nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True}, axis_size=6, in_axes=None)
+        return experts(10, name="experts")(x)
+
+
+def test_a_transformed_layer_type_has_an_adapter_for_each_copy() -> None:
+    module, both = adapted(Experts())
+    (site,) = module.adaptation.sites
+    assert (site.path, site.d_in, site.d_out, site.parameters) == ("experts", 6, 10, 6 * 3 * (3 + 5))
+    factors = both["melora"]["experts"]
+    for k in range(6):
+        kernel = both["params"]["experts"]["kernel"][k] + flat_delta(jax.tree.map(lambda leaf, k=k: leaf[k], factors))
+        np.testing.assert_allclose(module.apply(both, X)[k], np.asarray(X) @ kernel, rtol=1e-4, atol=1e-5)
+
+
+class SharedScope(nn.Module):
+    """A wrapper whose parameters are its layer's."""
+
+    layer: nn.Module
+
+    def setup(self) -> None:
+        nn.share_scope(self, self.layer)
+
+    def __call__(self, x: Any) -> Any:
+        return self.layer(x) * 2
+
+
+def test_a_layer_that_shares_its_scope_is_found() -> None:
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return SharedScope(nn.Dense(10, name="inner"), name="outer")(x)
+
+    module, both = adapted(Model())
+    assert [site.path for site in module.adaptation.sites] == ["inner"]
+    kernel = np.asarray(both["params"]["inner"]["kernel"]) + flat_delta(both["melora"]["inner"])
+    np.testing.assert_allclose(module.apply(both, X), 2 * np.asarray(X) @ kernel, rtol=1e-4, atol=1e-5)
+
+
+def test_a_branch_under_cond() -> None:
+    class Conditional(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            layer = nn.Dense(6, name="layer")
+            if self.is_mutable_collection("params"):
+                return layer(x)
+            return nn.cond(x.sum() > 1e6, lambda module, x: -x, lambda module, x: module(x), layer, x)
+
+    _, both = adapted(Conditional())
+    assert both["melora"]["layer"]["a"].shape == (2, 3, 2)
+
+
+def test_a_kernel_that_a_transform_makes_of_another_is_refused() -> None:
+    class Mapped(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            def turned(tree: Any) -> Any:
+                return jax.tree.map(lambda leaf: leaf.T, tree)
+
+            dense = nn.map_variables(nn.Dense, "params", turned, turned, init=self.is_initializing(), mutable=True)
+            return dense(10, use_bias=False, name="layer")(x)
+
+    variables = Mapped().init(jax.random.key(0), X)
+    message = r"^layer can't be adapted: a transform around it makes its kernel \[6, 10\] of params' \[10, 6\]; leave"
+    with pytest.raises(ValueError, match=message):
+        linen.adapt(Mapped(), variables, EVERY, jax.random.key(1), X)
+
+
 def test_weights_that_a_scan_broadcasts_have_one_adapter() -> None:
     class Repeated(nn.Module):
         @nn.compact
@@ -361,7 +433,8 @@ def test_what_is_no_flat_kernel_is_refused_with_the_reason() -> None:
     variables = Odd().init(jax.random.key(0), X)
     for name, reason in {
         "batched": "DenseGeneral with batch_dims=(0,) holds one kernel a batch entry, not one [d_in, d_out]",
-        "headed": "Einsum 'bd,bdk->bk' has no flat kernel [d_in, d_out]: kernel label(s) ['b'] are neither summed nor new",
+        "headed": "Einsum 'bd,bdk->bk' has no flat kernel [d_in, d_out]: kernel label(s) ['b'] are neither summed nor "
+        "new",
         "conv": "Conv has no dense kernel [d_in, d_out]; adaptable are Dense, DenseGeneral, Einsum and Embed",
     }.items():
         message = f"{name} can't be adapted: {reason}; leave it out with exclude={[name]}"

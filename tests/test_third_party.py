@@ -1,4 +1,4 @@
-"""Surgery on a decoder as other NNX libraries write one: fused einsums, bare parameters, a layer list, rope, tied ends."""
+"""Surgery on a decoder as other NNX libraries write one: fused einsums, bare parameters, rope, tied ends."""
 
 from __future__ import annotations
 

@@ -110,35 +110,50 @@ class _Follower:
         self.markers: dict[str, tuple[Shape, Shape]] = {}
 
     def __call__(self, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        y = next_fun(*args, **kwargs)
+        # The inner of two calls at one path comes first: that of a layer which a transform wraps, such as
+        # nn.vmap(nn.Dense), or which shares its scope with the module around it.
         module, path = context.module, joined(context.module.path)
-        if is_layer(module, context.method_name):
-            if path not in self.layers:  # a module that shares its scope with a layer has the same path
-                self.layers.add(path)
-                self.called[path] = self._called_layer(module, path, arguments_of(context, args, kwargs))
-            if path in self.markers:  # at each call, since a transform may trace its body more than once
-                zeros = {str(k): jnp.zeros(shape) for k, shape in enumerate(self.markers[path])}
-                module.scope.put_variable("params", _MARKERS, zeros)
-        elif context.method_name != "setup":
-            self.called.setdefault(path, CalledModule(False, reason=f"{type(module).__name__} {_NO_KERNEL}"))
-        return next_fun(*args, **kwargs)
+        if not is_layer(module, context.method_name):
+            if context.method_name != "setup":
+                self.called.setdefault(path, CalledModule(False, reason=f"{type(module).__name__} {_NO_KERNEL}"))
+            return y
+        if path not in self.layers:
+            self.layers.add(path)
+            self.called[path] = self._called_layer(module, path, arguments_of(context, args, kwargs))
+        if path in self.markers and len(_kernel_shape(module) or ()) == len(self.markers[path][0]):
+            # At each call, since a transform may trace its body more than once.
+            zeros = {str(k): jnp.zeros(shape) for k, shape in enumerate(self.markers[path])}
+            module.scope.put_variable("params", _MARKERS, zeros)
+        return y
 
     def _called_layer(self, module: Any, path: str, arguments: Mapping[str, Any]) -> CalledModule:
+        """The layer as it is at this call, and markers for it if its kernel is part of a larger one."""
         linear, equation = is_linear(module), equation_of(module, arguments)
-        name = "embedding" if isinstance(module, nn.Embed) else "kernel"
-        kernel = module.get_variable("params", name)
-        shape = jnp.shape(meta.unbox(kernel))
+        whole, shape = self.params.get((*module.path, _kernel_name(module))), _kernel_shape(module)
+        if whole is None or shape is None:
+            return CalledModule(linear, reason=f"it has no {_kernel_name(module)} of its own in params")
         try:
-            view = _view_of(module, shape, equation)
+            layer = Layer(_view_of(module, shape, equation), shape, equation)
         except ValueError as error:
             return CalledModule(linear, reason=str(error))
-        whole = jnp.shape(meta.unbox(self.params[(*module.path, name)]))
-        if len(whole) > len(shape):
-            if not module.is_mutable_collection("params"):
-                return CalledModule(
-                    linear, reason="the transform around it takes slices of a kernel that it keeps constant"
-                )
+        whole = jnp.shape(meta.unbox(whole))
+        if len(whole) > len(shape) and module.is_mutable_collection("params"):
             self.markers[path] = marker_shapes(len(shape), whole)
-        return CalledModule(linear, Layer(view, shape, equation))
+        elif whole != shape:
+            reason = f"a transform around it makes its kernel {list(shape)} of params' {list(whole)}"
+            return CalledModule(linear, reason=reason)
+        return CalledModule(linear, layer)
+
+
+def _kernel_name(module: nn.Module) -> str:
+    return "embedding" if isinstance(module, nn.Embed) else "kernel"
+
+
+def _kernel_shape(module: nn.Module) -> Shape | None:
+    """The shape of the kernel as the module's call sees it."""
+    kernel = module.get_variable("params", _kernel_name(module))
+    return None if kernel is None else jnp.shape(meta.unbox(kernel))
 
 
 def _view_of(module: nn.Module, shape: Shape, equation: str | None) -> DenseView:
