@@ -374,7 +374,7 @@ def test_layers_counts_the_numbers_that_linen_gives() -> None:
 def test_frozen_dicts_and_partitioned_kernels_come_back_as_they_were() -> None:
     init = nn.with_partitioning(nn.initializers.lecun_normal(), ("embed", "mlp"))
     model = Host(nn.Dense(10, kernel_init=init))
-    variables = freeze(model.init(jax.random.key(0), X))
+    variables = freeze({"params": {"unused": {}, **model.init(jax.random.key(0), X)["params"]}})
     module, melora = linen.adapt(model, variables, EVERY, jax.random.key(1), X)
     both = {**variables, "melora": freeze(stirred(melora))}
     merged = module.merge(both)

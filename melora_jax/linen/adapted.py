@@ -73,7 +73,7 @@ class AdaptedModule:
                 params[(*place[:-1], COLLECTION, place[-1])] = factors.pop(place)
             if site.spec.dropout and site.layer.lifting.sizes:
                 params[(*parts(site.path), COLLECTION, "number")] = site.layer.lifting.numbers()
-        with _trace_mark(self.config), nn.intercept_methods(AddUpdates(self.sites, self._require_known)):
+        with _trace_mark(self.config.to_json()), nn.intercept_methods(AddUpdates(self.sites, self._require_known)):
             return self.module.apply({**others, "params": tree_from_flat(params | factors)}, *args, **kwargs)
 
     def merge(self, variables: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,8 @@ def adapt(
 
     Args:
       module: any Linen module.
-      variables: its collections, `{"params": ...}` and what else its call needs. They are only read.
+      variables: its collections, `{"params": ...}` and what else its call needs. They are only read; without
+        `modules_to_save` their shapes and dtypes suffice.
       config: what to adapt. The parameters of `modules_to_save` are copied into the adapters' collection, in float32.
       key: source of the start values. A site folds in its path, so they do not depend on which others there are.
       args, kwargs: an example call as `module.apply` takes it after the variables (`method=` and `rngs=` too). It is
@@ -64,7 +65,8 @@ def adapt(
     sites = {chosen.paths[0]: _planned(chosen, config) for chosen in kept}
     require_patterns(config, kept)
     params = flat_from_tree(variables["params"])
-    head = {path: jax.tree.map(_as_float32, leaf) for path, leaf in params.items() if is_inside(joined(path), saved)}
+    inside = {path: leaf for path, leaf in params.items() if is_inside(joined(path), saved) and jax.tree.leaves(leaf)}
+    head = {path: jax.tree.map(_as_float32, leaf) for path, leaf in inside.items()}
     melora = head | {place: factor for site in sites.values() for place, factor in site.init(key).items()}
     shapes = {path: jnp.shape(meta.unbox(leaf)) for path, leaf in melora.items()}
     adaptation = _adaptation(config, sites.values(), size_of(params), size_of(head))
