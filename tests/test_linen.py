@@ -12,28 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference
 import tiny
 from flax import linen as nn
 from flax import nnx
+from linen_hosts import ALPHA, Host, R, flat_delta, stirred
 
 import melora_jax as mj
 from melora_jax import linen
 from melora_jax.interchange import read_adapter, write_adapter
-
-R, ALPHA = (1, 2), (3.0, 5.0)
-
-
-def stirred(melora: Any, seed: int = 3) -> Any:
-    """The collection with random values of a size that matters."""
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), leaf.dtype), melora)
-
-
-def flat_delta(factors: Any, r: tuple[int, ...] = R, alpha: tuple[float, ...] = ALPHA) -> np.ndarray:
-    a, b = np.asarray(factors["a"]), np.asarray(factors["b"])
-    unpadded = [a[k, :, :rank] for k, rank in enumerate(r)], [b[k, :rank] for k, rank in enumerate(r)]
-    return reference.delta(*unpadded, reference.scales(r, alpha, "mini"))
 
 
 class Case(NamedTuple):
@@ -56,13 +42,6 @@ CASES = {
     "outputs swapped": Case(nn.Einsum((6, 2, 5), "btd,dhk->bkth", False), (3, 7, 6), "btd,dhk->bkth", "d", "hk"),
     "ellipsis": Case(nn.Einsum((6, 2, 5), "...d, dhk -> ...hk"), (3, 7, 6), "btd,dhk->bthk", "d", "hk"),
 }
-
-
-class Host(nn.Module):
-    layer: nn.Module
-
-    def __call__(self, x: Any) -> Any:
-        return self.layer(x)
 
 
 @pytest.mark.parametrize("strategy", ["batched", "packed"])
