@@ -82,7 +82,7 @@ def equation_of(module: nn.Module, arguments: Mapping[str, Any]) -> str | None:
 def called_modules(
     module: nn.Module, variables: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[str, CalledModule]:
-    """The modules that `module.apply(variables, *args, **kwargs)` calls, by path, in the order of their first calls.
+    """The modules that `module.apply(variables, *args, **kwargs)` calls, by path, as their first calls end.
 
     The call is traced and not computed.
     """
