@@ -17,6 +17,8 @@ the padding, so padded entries neither act nor learn.
 
 from __future__ import annotations
 
+import zlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,6 +40,11 @@ def scale_of(spec: AdapterSpec) -> np.ndarray:
     """
     ranks = np.array(spec.r)[:, None]
     return np.where(np.arange(max(spec.r)) < ranks, np.array(spec.scales)[:, None], 0.0).astype(np.float32)
+
+
+def start_key(key: Array, path: str) -> Array:
+    """The key of a site's start values: its path folded in, so that they do not depend on the other sites."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
 def init_factors(

@@ -63,6 +63,14 @@ def check_pattern_table(name: str, value: Any) -> None:
         _check_regex(name, pattern)
 
 
+def check_sizes(d_in: int, d_out: int, n: int, path: str) -> None:
+    """Raises ValueError unless n divides both sizes; the message lists the n that do."""
+    for name, size in (("d_in", d_in), ("d_out", d_out)):
+        if size % n:
+            fits = ", ".join(str(k) for k in range(1, min(d_in, d_out, 128) + 1) if d_in % k == 0 == d_out % k)
+            raise ValueError(f"n={n} does not divide {name}={size} at {path}; choose n from {fits}")
+
+
 def _check_regex(name: str, pattern: str) -> None:
     try:
         re.compile(pattern)

@@ -145,13 +145,14 @@ def key_for_site(path: str) -> jax.Array | None:
     return jax.random.fold_in(key, repeat) if repeat else key
 
 
-def dropout(x: jax.Array, rate: float, path: str) -> jax.Array:
+def dropout(x: jax.Array, rate: float, path: str, layer: jax.Array | None = None) -> jax.Array:
     """Zeroes entries of `x` with probability `rate` and scales the rest by `1 / (1 - rate)`.
 
     Args:
       x: array of any shape and floating dtype.
       rate: probability in [0, 1), rounded to a multiple of 1/65536 (in the scale too).
       path: the site's path in the model; it names the site's random stream.
+      layer: the layer's number in a stack of layers that has one path; it may be traced.
 
     Returns:
       An array of the shape and dtype of `x`; `x` itself when `rate` is 0 or no `dropout_key` is entered.
@@ -165,6 +166,8 @@ def dropout(x: jax.Array, rate: float, path: str) -> jax.Array:
     key = key_for_site(path)
     if key is None:
         return x
+    if layer is not None:
+        key = jax.random.fold_in(key, layer)
     dropped = min(round(rate * _LEVELS), _LEVELS - 1)
     keep = _random_levels(key, x.shape) >= dropped
     # bfloat16 would round the scale, and with it every kept entry the same way.

@@ -21,10 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from melora_jax import blocks
+from melora_jax import blocks, checks
 from melora_jax.config import AdapterSpec, Init, Mixer, Scaling, Strategy
-from melora_jax.dropout import dropout
-from melora_jax.views import DenseView, view_of, view_of_einsum
+from melora_jax.update import attend_update, merged_kernel, update_of
+from melora_jax.views import DenseView, unadaptable, view_at_call, view_of
 
 
 class MELoRAParam(nnx.Param):
@@ -91,7 +91,7 @@ class MELoRADense(nnx.Module):
             init=init,
             dtype=None if dtype is None else jnp.dtype(dtype).name,
         )
-        check_sizes(d_in, d_out, n, path or type(self).__name__)
+        checks.check_sizes(d_in, d_out, n, path or type(self).__name__)
         if base is None:
             base = nnx.Linear(d_in, d_out, use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
             for name, parameter in nnx.state(base, nnx.Param).items():
@@ -134,57 +134,21 @@ class MELoRADense(nnx.Module):
         """The base layer's output plus the adapter's; further arguments go to the base layer."""
         y = self.base(x, *args, **kwargs)
         view = self._view_for_call(*args, **kwargs)
-        a, b = self._factors_for(y)
-        update = blocks.expand(self._latents(x, a, view), b, self.scale, self.spec.mixer, self.strategy)
-        return y + view.unflatten_output(update).astype(y.dtype)
-
-    def _factors_for(self, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """A and B in the dtype of the computation."""
-        dtype = jnp.dtype(self.spec.dtype or y.dtype)
-        return self.a[...].astype(dtype), self.b[...].astype(dtype)
-
-    def _latents(self, x: jax.Array, a: jax.Array, view: DenseView) -> jax.Array:
-        """drop(x_k)·A_k; an embedding's dropout drops whole tokens."""
-        if view.lookup:
-            return blocks.look_up(x, a, dropout(jnp.ones(x.shape, a.dtype), self.spec.dropout, self.path))
-        flat = view.flatten_input(x).astype(a.dtype)
-        return blocks.reduce(dropout(flat, self.spec.dropout, self.path), a, self.strategy)
+        return y + update_of(self, view, x, y, self.a[...], self.b[...])
 
     def _view_for_call(self, *args: Any, **kwargs: Any) -> DenseView:
-        """The base's view, or that of an equation given to an Einsum at the call.
-
-        Raises:
-          ValueError: an equation that sums over other axes of the kernel than the layer's own, whose flat kernel the
-            factors belong to.
-        """
-        own = self.view
+        """The base's view, or that of an equation given to an Einsum at the call."""
         equation = args[0] if args else kwargs.get("einsum_str")
         if not isinstance(self.base, nnx.Einsum) or not isinstance(equation, str):
-            return own
-        view = view_of_einsum(equation, tuple(self.base.kernel_shape))
-        if (view.order, view.d_in) != (own.order, own.d_in):
-            raise ValueError(
-                f"Einsum at {self.path} is called with {equation!r}, which uses its kernel in another way than its own "
-                f"{self.base.einsum_str!r}; leave the layer out with exclude={[self.path]}"
-            )
-        return view
+            return self.view
+        return view_at_call(equation, self.base.einsum_str, tuple(self.base.kernel_shape), self.path)
 
     def attend(self, query: jax.Array, **kwargs: Any) -> jax.Array:
-        """An adapted embedding used as output layer: query·(E + ΔE)ᵀ, `[..., features]` to `[..., num_embeddings]`.
-
-        The adapter's dropout is of the embedding's own input, so there is none here.
-        """
+        """An adapted embedding used as output layer: query·(E + ΔE)ᵀ, `[..., features]` to `[..., num_embeddings]`."""
         if not isinstance(self.base, nnx.Embed):
             raise AttributeError(f"{type(self.base).__name__!r} at {self.path} has no attend; only an Embed has")
         y = self.base.attend(query, **kwargs)
-        a, b = self._factors_for(y)
-        row = jax.ShapeDtypeStruct((*query.shape[:-1], self.view.d_in), a.dtype)
-
-        def forward(x: jax.Array) -> jax.Array:
-            return blocks.apply(x, a, b, self.scale, self.spec.mixer)
-
-        (update,) = jax.linear_transpose(forward, row)(query.astype(a.dtype))
-        return y + update.astype(y.dtype)
+        return y + attend_update(self, self.view, query, y, self.a[...], self.b[...])
 
     def delta(self) -> jax.Array:
         """ΔW as a flat `[d_in, d_out]` array in float32."""
@@ -195,10 +159,9 @@ class MELoRADense(nnx.Module):
         return blocks.packed_factors(self.a[...], self.b[...], self.scale, self.spec.mixer)
 
     def merged(self) -> jax.Array:
-        """W + ΔW in the base kernel's layout and dtype, summed in float32."""
+        """W + ΔW in the base kernel's layout and dtype, summed in float32 at least."""
         kernel = getattr(self.base, self.view.kernel_name)[...]
-        delta = self.view.unflatten_kernel(self.delta(), kernel.shape)
-        return (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
+        return merged_kernel(self.spec, self.view, kernel, self.a[...], self.b[...])
 
     # Hosts read these off a layer; they see the base's. A host that computes with `kernel` itself, instead of
     # calling the layer, bypasses the adapter: `adapt(..., probe=...)` finds that.
@@ -229,14 +192,6 @@ def checked_view(layer: nnx.Module, n: int, path: str) -> DenseView:
     try:
         view = view_of(layer)
     except ValueError as error:
-        raise ValueError(f"{path} can't be adapted: {error}; leave it out with exclude={[path]}") from None
-    check_sizes(view.d_in, view.d_out, n, path)
+        raise unadaptable(path, error) from None
+    checks.check_sizes(view.d_in, view.d_out, n, path)
     return view
-
-
-def check_sizes(d_in: int, d_out: int, n: int, path: str) -> None:
-    """Raises ValueError unless n divides both sizes; the message lists the n that do."""
-    for name, size in (("d_in", d_in), ("d_out", d_out)):
-        if size % n:
-            fits = ", ".join(str(k) for k in range(1, min(d_in, d_out, 128) + 1) if d_in % k == 0 == d_out % k)
-            raise ValueError(f"n={n} does not divide {name}={size} at {path}; choose n from {fits}")

@@ -7,7 +7,6 @@ changed, so a model that `adapt` refuses is as it was.
 from __future__ import annotations
 
 import math
-import zlib
 from typing import Any, TypeVar, overload
 
 import jax
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from melora_jax.adaptation import Adaptation, Site
+from melora_jax.blocks import start_key
 from melora_jax.config import MELoRAConfig
 from melora_jax.graph import path_of, rewrite, walk
 from melora_jax.layers import FrozenParam, MELoRADense, MELoRAParam, freeze, thaw
@@ -68,7 +68,7 @@ def adapt(model: nnx.Module, config: MELoRAConfig, *, rngs: nnx.Rngs, probe: Any
     key = rngs.params()
     wrapped: dict[int, MELoRADense] = {}
     for identity, site in plan.sites.items():
-        own = nnx.Rngs(jax.random.fold_in(key, zlib.crc32(site.path.encode())))
+        own = nnx.Rngs(start_key(key, site.path))
         wrapped[identity] = MELoRADense.wrap(site.layer, site.spec, path=site.path, rngs=own)
     _freeze_base(model, plan)
     rewrite(model, lambda path, node: wrapped.get(id(node), node))

@@ -75,7 +75,7 @@ def view_of(layer: nnx.Module) -> DenseView:
     if isinstance(layer, nnx.Linear):
         return DenseView(layer.in_features, layer.out_features, out_shape=(layer.out_features,))
     if isinstance(layer, nnx.Embed):
-        return _view_of_embed(layer)
+        return view_of_table(layer.num_embeddings, layer.features)
     if isinstance(layer, nnx.LinearGeneral):
         return _view_of_linear_general(layer)
     if isinstance(layer, nnx.Einsum):
@@ -84,25 +84,43 @@ def view_of(layer: nnx.Module) -> DenseView:
     raise ValueError(f"{kind} has no dense kernel [d_in, d_out]; adaptable are Linear, LinearGeneral, Einsum and Embed")
 
 
-def _view_of_embed(layer: nnx.Embed) -> DenseView:
-    return DenseView(
-        layer.num_embeddings, layer.features, kernel_name="embedding", out_shape=(layer.features,), lookup=True
-    )
+def view_of_table(rows: int, features: int) -> DenseView:
+    """The view of an embedding's table `[rows, features]`."""
+    return DenseView(rows, features, kernel_name="embedding", out_shape=(features,), lookup=True)
 
 
 def _view_of_linear_general(layer: nnx.LinearGeneral) -> DenseView:
     if layer.batch_axis:
         axes = dict(layer.batch_axis)
         raise ValueError(f"LinearGeneral with batch_axis={axes} holds one kernel a batch entry, not one [d_in, d_out]")
-    inputs, outputs = tuple(layer.in_features), tuple(layer.out_features)
+    return view_of_general(tuple(layer.in_features), tuple(layer.out_features), tuple(layer.axis))
+
+
+def view_of_general(inputs: tuple[int, ...], outputs: tuple[int, ...], axes: tuple[int, ...]) -> DenseView:
+    """The view of a kernel `[*inputs, *outputs]` that is contracted with those axes of its input."""
     return DenseView(
         math.prod(inputs),
         math.prod(outputs),
         order=tuple(range(len(inputs) + len(outputs))),
-        in_axes=tuple(layer.axis),
+        in_axes=axes,
         ascending=True,
         out_shape=outputs,
     )
+
+
+def view_at_call(equation: str, own: str, shape: tuple[int, ...], path: str) -> DenseView:
+    """The view of an einsum whose equation is given at the call, where the factors belong to that of `own`.
+
+    Raises:
+      ValueError: the two sum over other axes of the kernel.
+    """
+    view, there = view_of_einsum(equation, shape), view_of_einsum(own, shape)
+    if (view.order, view.d_in) != (there.order, there.d_in):
+        raise ValueError(
+            f"Einsum at {path} is called with {equation!r}, which uses its kernel in another way than its own {own!r}; "
+            f"leave the layer out with exclude={[path]}"
+        )
+    return view
 
 
 def view_of_einsum(equation: str, shape: tuple[int, ...]) -> DenseView:
@@ -135,6 +153,11 @@ def view_of_einsum(equation: str, shape: tuple[int, ...]) -> DenseView:
         out_axes=tuple(_axis(out, label) for label in outputs),
         batch=_batch_equation(x, kernel, out),
     )
+
+
+def unadaptable(path: str, reason: object) -> ValueError:
+    """The error for a matched module that has no flat view."""
+    return ValueError(f"{path} can't be adapted: {reason}; leave it out with exclude={[path]}")
 
 
 def _repeats(term: str) -> bool:

@@ -85,10 +85,10 @@ print(time.perf_counter() - start)
     assert min(float(_python(code)) for _ in range(3)) < 2.0
 
 
-@pytest.mark.parametrize("module", ["melora_jax", "train", "train.__main__"])
+@pytest.mark.parametrize("module", ["melora_jax", "melora_jax.linen", "train", "train.__main__"])
 def test_an_import_drags_in_no_other_framework(module):
     heavy = {"torch", "tensorflow", "peft", "keras"}
-    if module == "melora_jax":
+    if module.startswith("melora_jax"):
         heavy |= {"datasets", "matplotlib", "transformers", "train"}
     code = "import importlib, sys; importlib.import_module(sys.argv[1]); print(*sys.modules)"
     assert not heavy & set(_python(code, module).split())

@@ -1,0 +1,79 @@
+"""One adapted layer of a Linen model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax.core import meta
+
+from melora_jax.blocks import init_factors, start_key
+from melora_jax.config import AdapterSpec, Strategy
+from melora_jax.linen.calls import Layer
+from melora_jax.linen.tree import Flat, Path, parts
+from melora_jax.update import attend_update, merged_kernel, update_of
+from melora_jax.views import unadaptable, view_at_call
+
+
+@dataclasses.dataclass(frozen=True)
+class LinenSite:
+    """One adapted layer: its path in `params`, its adapter, and how its kernel lies."""
+
+    path: str
+    spec: AdapterSpec
+    strategy: Strategy
+    layer: Layer
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of a and b, of one copy of the layer."""
+        n, r, view = self.spec.n, max(self.spec.r), self.layer.view
+        return (n, view.d_in // n, r), (n, r, view.d_out // n)
+
+    @property
+    def places(self) -> tuple[Path, Path]:
+        """Where a and b lie in the collection."""
+        return (*parts(self.path), "a"), (*parts(self.path), "b")
+
+    def init(self, key: jax.Array) -> Flat:
+        """Start values of both factors, for each copy of the layer its own."""
+
+        def make(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return init_factors(key, self.layer.view.d_in, self.layer.view.d_out, self.spec)
+
+        return dict(zip(self.places, self.layer.lifting.init(make, start_key(key, self.path)), strict=True))
+
+    def merged(self, kernel: Any, a: jax.Array, b: jax.Array) -> Any:
+        """W + ΔW in the kernel's layout, dtype and metadata."""
+
+        def merge(*arrays: jax.Array) -> jax.Array:
+            return merged_kernel(self.spec, self.layer.view, *arrays)
+
+        return meta.replace_boxed(kernel, self.layer.lifting.merge(merge, meta.unbox(kernel), a, b))
+
+    def update(
+        self, method: str, x: jax.Array, y: jax.Array, factors: Mapping[str, jax.Array], equation: str | None
+    ) -> jax.Array:
+        """What the adapter adds to the output of a call.
+
+        Args:
+          method: the layer's method, `"__call__"` or `"attend"`.
+          x, y: its input and output.
+          factors: a and b, and in a stack that has dropout the layer's number.
+          equation: that of an Einsum's call.
+
+        Raises:
+          ValueError: factors of another shape, or an equation that uses the kernel in another way than the first call.
+        """
+        a, b = factors.get("a"), factors.get("b")
+        if a is None or b is None or (a.shape, b.shape) != self.shapes:
+            raise unadaptable(self.path, "a transform around it changes the shapes of params")
+        view = self.layer.view
+        if method == "attend":
+            return attend_update(self, view, x, y, a, b)
+        if equation is not None and self.layer.equation is not None:
+            view = view_at_call(equation, self.layer.equation, self.layer.kernel_shape, self.path)
+        number = factors["number"].reshape(()) if "number" in factors else None
+        return update_of(self, view, x, y, a, b, number)

@@ -1,0 +1,89 @@
+"""What an adapter adds to its layer: to the output, in the output's own layout, and to the kernel.
+
+The arithmetic of a site, whatever framework the layer comes from: arrays, their flat view, and the site's settings.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from melora_jax import blocks
+from melora_jax.config import AdapterSpec, Strategy
+from melora_jax.dropout import dropout
+from melora_jax.views import DenseView
+
+
+class Adapter(Protocol):
+    """The settings of one site: its spec, the strategy chosen for it, and the path that names its dropout stream."""
+
+    @property
+    def spec(self) -> AdapterSpec: ...
+    @property
+    def strategy(self) -> Strategy: ...
+    @property
+    def path(self) -> str: ...
+
+
+def update_of(
+    adapter: Adapter,
+    view: DenseView,
+    x: Array,
+    y: Array,
+    a: Float[Array, "n i r"],
+    b: Float[Array, "n r o"],
+    layer: Array | None = None,
+) -> Array:
+    """concat_k( s_k · drop(x_k)·A_k·B_k ), of the shape and dtype of `y`.
+
+    Args:
+      adapter: the site's settings.
+      view: how input, output and kernel lie flat.
+      x, y: the layer's input and output.
+      a, b: the factors.
+      layer: the layer's number in a stack that shares this path, for its dropout; it may be traced.
+    """
+    a, b = _cast(adapter, a, y), _cast(adapter, b, y)
+    if view.lookup:  # an embedding's dropout drops whole tokens
+        keep = dropout(jnp.ones(x.shape, a.dtype), adapter.spec.dropout, adapter.path, layer)
+        latents = blocks.look_up(x, a, keep)
+    else:
+        flat = dropout(view.flatten_input(x).astype(a.dtype), adapter.spec.dropout, adapter.path, layer)
+        latents = blocks.reduce(flat, a, adapter.strategy)
+    scale = blocks.scale_of(adapter.spec)
+    flat_update = blocks.expand(latents, b, scale, adapter.spec.mixer, adapter.strategy)
+    return view.unflatten_output(flat_update).astype(y.dtype)
+
+
+def attend_update(
+    adapter: Adapter, view: DenseView, query: Array, y: Array, a: Float[Array, "n i r"], b: Float[Array, "n r o"]
+) -> Array:
+    """query·ΔEᵀ, of the shape and dtype of `y`: an adapted embedding `[..., features]` as output layer.
+
+    The adapter's dropout is of the embedding's own input, so there is none here.
+    """
+    a, b = _cast(adapter, a, y), _cast(adapter, b, y)
+    row = jax.ShapeDtypeStruct((*query.shape[:-1], view.d_in), a.dtype)
+
+    def forward(x: Array) -> Array:
+        return blocks.apply(x, a, b, blocks.scale_of(adapter.spec), adapter.spec.mixer)
+
+    (update,) = jax.linear_transpose(forward, row)(query.astype(a.dtype))
+    return update.astype(y.dtype)
+
+
+def merged_kernel(
+    spec: AdapterSpec, view: DenseView, kernel: Array, a: Float[Array, "n i r"], b: Float[Array, "n r o"]
+) -> Array:
+    """W + ΔW in the kernel's layout and dtype, summed in float32 at least."""
+    delta = blocks.delta(a, b, blocks.scale_of(spec), spec.mixer)
+    wide = jnp.promote_types(kernel.dtype, jnp.float32)
+    return (kernel.astype(wide) + view.unflatten_kernel(delta, kernel.shape)).astype(kernel.dtype)
+
+
+def _cast(adapter: Adapter, factor: Array, y: Array) -> Array:
+    """A factor in the dtype of the computation."""
+    return factor.astype(jnp.dtype(adapter.spec.dtype or y.dtype))
