@@ -34,7 +34,7 @@ def torch_name(path: str) -> str:
 
 
 def torch_shape(path: str, shape: tuple[Size, ...]) -> tuple[Size, ...]:
-    """The shape in torch, or slices, of the Flax variable at `path`: of a dense kernel `[d_in, d_out]`, `[d_out, d_in]`.
+    """The shape in torch, or slices, of the Flax variable at `path`: a dense `[d_in, d_out]` is stored `[d_out, d_in]`.
 
     >>> torch_shape("classifier/kernel", (384, 2))
     (2, 384)
