@@ -23,6 +23,7 @@ class Bookkeeping:
       best: the best ranking metric so far, and the step it was seen at.
       waited: evaluations since then, for early stopping.
       seconds: time spent so far.
+      unevaluated: the evaluation that was due at this step was broken off, and is the first thing to do.
     """
 
     config: str
@@ -30,6 +31,7 @@ class Bookkeeping:
     best_step: int | None = None
     waited: int = 0
     seconds: float = 0.0
+    unevaluated: bool = False
 
 
 class Checkpoints:
