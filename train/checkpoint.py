@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
@@ -52,6 +53,8 @@ class Checkpoints:
         )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keep,
+            # The policy decides; but without a best_fn metrics are not stored, and a resumed run forgets its best.
+            best_fn=_rank,
             cleanup_tmp_directories=True,
             # Adapters are small: a save that has returned is on disk, and its errors are ours to explain.
             enable_async_checkpointing=False,
@@ -61,6 +64,10 @@ class Checkpoints:
     def latest(self) -> int | None:
         """The step of the newest complete checkpoint."""
         return self._manager.latest_step()
+
+    def steps(self) -> list[int]:
+        """The steps of the complete checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
 
     def describe_latest(self) -> str:
         """What is left to go on from."""
@@ -114,6 +121,12 @@ class Checkpoints:
         step = self._manager.latest_step()
         restored = self._manager.restore(step, args=ocp.args.Composite(notes=ocp.args.JsonRestore()))
         return Bookkeeping(**restored["notes"])
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The newest checkpoint's arrays by name, on the host."""
+        items = ocp.args.Composite(state=ocp.args.StandardRestore())
+        restored = self._manager.restore(self._manager.latest_step(), args=items)
+        return {name: np.asarray(array) for name, array in restored["state"].items()}
 
     def __enter__(self) -> Self:
         return self

@@ -13,7 +13,6 @@ from melora_jax import TrainState
 from train.experiment import Experiment
 from train.metrics import compute_metrics
 
-
 _AHEAD = 3  # batches dispatched before the oldest is waited for: the device never waits, and stopping is prompt
 
 
