@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -48,7 +49,7 @@ class Checkpoints:
         keep = checkpoint_managers.AnyPreservationPolicy(
             [
                 checkpoint_managers.LatestN(1),
-                checkpoint_managers.BestN(get_metric_fn=_rank, n=1, keep_checkpoints_without_metrics=False),
+                checkpoint_managers.BestN(get_metric_fn=_rank, n=1),
             ]
         )
         options = ocp.CheckpointManagerOptions(
@@ -89,7 +90,7 @@ class Checkpoints:
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(_named(state)), notes=ocp.args.JsonSave(dataclasses.asdict(notes))
         )
-        metrics = None if score is None else {"score": score, "step": step}
+        metrics = {"score": score, "step": step}
         try:
             self._manager.save(step, args=items, metrics=metrics)
         except (OSError, ValueError) as error:
@@ -138,8 +139,8 @@ class Checkpoints:
 
 
 def _rank(metrics: Any) -> Any:
-    """A sort key: of equal scores the first step wins, as in the loop. (orbax says float; a pair sorts too.)"""
-    return metrics["score"], -metrics["step"]
+    """A sort key: of equal scores the first step wins, as in the loop, and no score is the least. (A pair sorts too.)"""
+    return (-math.inf if metrics["score"] is None else metrics["score"]), -metrics["step"]
 
 
 def _named(state: TrainState) -> dict[str, Any]:
