@@ -139,7 +139,7 @@ class Checkpoints:
 
 
 def _rank(metrics: Any) -> Any:
-    """A sort key: of equal scores the first step wins, as in the loop, and no score is the least. (A pair sorts too.)"""
+    """A sort key: of equal scores the first step wins, as in the loop; no score is the least. (A pair sorts too.)"""
     return (-math.inf if metrics["score"] is None else metrics["score"]), -metrics["step"]
 
 
