@@ -21,6 +21,7 @@ USAGE = """usage: python -m train COMMAND ...
   demo [--help]                                          compare head only, LoRA and MELoRA on real movie reviews
   demo-chat [--help]                                     tune a small chat model by LoRA and MELoRA; see it answer
   report FOLDER                                          write FOLDER/report.html again
+  crash-test RECIPE.toml [--kills 30]                    kill a run at random moments, resume it, compare the ends
   bench [--help]                                         time MELoRA and LoRA against the frozen model
 
 example: python -m train run train/recipes/local.toml --data.train my.jsonl --data.validation held_out.jsonl"""
@@ -91,6 +92,13 @@ def command_bench(words: Sequence[str]) -> int:
     return bench(words)
 
 
+def command_crash_test(words: Sequence[str]) -> int:
+    """A run killed at random moments, against one left alone."""
+    from train.crashes import crash_test
+
+    return crash_test(words)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "run": command_run,
     "generate": command_generate,
@@ -98,6 +106,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "demo-chat": command_demo_chat,
     "report": command_report,
     "bench": command_bench,
+    "crash-test": command_crash_test,
 }
 
 
