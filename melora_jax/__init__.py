@@ -8,7 +8,7 @@ from melora_jax.layers import FrozenParam, MELoRADense, MELoRAParam
 from melora_jax.models import from_pretrained, save_pretrained
 from melora_jax.models.gguf_tokenizer import tokenizer_from_gguf
 from melora_jax.optim import TrainState, make_optimizer, make_train_step, train_state
-from melora_jax.sharding import make_mesh
+from melora_jax.sharding import batch_sharding, make_mesh
 from melora_jax.surgery import Adaptation, adapt, describe, merge, unwrap
 
 __version__ = "0.1.0"
@@ -23,6 +23,7 @@ __all__ = [
     "NewTokens",
     "TrainState",
     "adapt",
+    "batch_sharding",
     "describe",
     "dropout_key",
     "export_peft",

@@ -19,7 +19,7 @@ from melora_jax.checks import check_count
 from melora_jax.dropout import dropout_key
 from melora_jax.graph import path_of
 from melora_jax.layers import FrozenParam, MELoRAParam
-from melora_jax.sharding import BATCH, constrain, mesh_of_tree, put, shardings_like, shardings_of, use_mesh
+from melora_jax.sharding import batch_sharding, constrain, mesh_of_tree, put, shardings_like, shardings_of, use_mesh
 
 Label = Literal["a", "b", "head", "frozen"]
 Batch = Any
@@ -205,8 +205,7 @@ def _step_shardings(model: nnx.Module, tx: optax.GradientTransformation, mesh: M
     whole: Any = NamedSharding(mesh, PartitionSpec())
     opt_state = shardings_like(jax.eval_shape(tx.init, trainable), trainable, mesh)
     state = TrainState(whole, shardings_of(trainable), opt_state, jax.tree.map(lambda _: whole, host))
-    batch = NamedSharding(mesh, PartitionSpec(BATCH))
-    return {"in_shardings": (state, shardings_of(frozen), batch, whole), "out_shardings": (state, whole)}
+    return {"in_shardings": (state, shardings_of(frozen), batch_sharding(mesh), whole), "out_shardings": (state, whole)}
 
 
 def _accumulated(gradient: Any, count: int, state: TrainState, frozen: nnx.State, batch: Batch, key: jax.Array) -> Any:

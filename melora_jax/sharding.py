@@ -164,6 +164,15 @@ def batch_spec(shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> tuple[tuple
     return (rows, *[None] * (len(shape) - 1))[: len(shape)]
 
 
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Where a batch's arrays lie: their rows over data and fsdp.
+
+    >>> batch_sharding(make_mesh(data=-1)).spec
+    P(('data', 'fsdp'),)
+    """
+    return NamedSharding(mesh, PartitionSpec(BATCH))
+
+
 def constrain(x: jax.Array, tensor: int | None = None, *, rows: int = 0) -> jax.Array:
     """`x` with its rows over data and fsdp, axis number `tensor` over tensor where that divides it, the rest whole.
 

@@ -29,9 +29,10 @@ example: python -m train run train/recipes/local.toml --data.train my.jsonl --da
 
 def command_run(words: Sequence[str]) -> int:
     """One fine-tuning run."""
-    from train.config import from_toml
+    from train.config import from_toml, settings_of
     from train.experiment import prepare
     from train.finish import finish
+    from train.hosts import is_first, join, meet, require_equal
     from train.loop import describe_stop, exit_code, run
 
     if not words or words[0].startswith("-"):
@@ -40,10 +41,16 @@ def command_run(words: Sequence[str]) -> int:
         )
     resume = "--resume" in words
     config = from_toml(words[0], [word for word in words[1:] if word != "--resume"])
+    join(config.distributed)
+    require_equal(settings_of(config, resume), "start every host with the same recipe and options")
     experiment = prepare(config)
     outcome = run(experiment, resume)
+    if not is_first():
+        meet("the results are written")
+        return exit_code(outcome)
     if outcome.stopped_by:
         print(describe_stop(outcome, experiment.folder))
+        meet("the results are written")
         return exit_code(outcome)
     if outcome.best is None:
         raise RunError(
@@ -51,6 +58,7 @@ def command_run(words: Sequence[str]) -> int:
         )
     print(f"best {config.metric} {outcome.best:.4f}")
     print("\n".join(finish(experiment)))
+    meet("the results are written")
     return 0
 
 

@@ -40,7 +40,7 @@ def evaluate(
     for batch in material.held_out:
         if stopping():
             return None
-        outputs.append(eval_steps[batch.width](state, frozen, rows.batch(batch)))
+        outputs.append(eval_steps[batch.width](state, frozen, experiment.feed(rows, batch)))
         jax.block_until_ready(outputs[max(0, len(outputs) - 1 - _AHEAD)].total if len(outputs) > _AHEAD else ())
     loss = sum(float(one.total) for one in outputs) / sum(float(one.weight) for one in outputs)
     if not np.isfinite(loss):

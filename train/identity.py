@@ -18,6 +18,8 @@ from train.run_folder import resume_command
 
 # Settings that may change between the parts of a run: they touch neither the weights nor the order of the data.
 _FREE = (("output", "folder"), ("train", "log_every"), ("train", "tensorboard"), ("train", "patience"))
+# Nor do the devices: a run may go on on any others.
+_FREE_SECTIONS = ("mesh", "distributed")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 
 
@@ -47,7 +49,7 @@ def check_config(experiment: Experiment, saved: str) -> None:
     for section in here.keys() | there.keys():
         for key in here.get(section, {}).keys() | there.get(section, {}).keys():
             ours, theirs = (table.get(section, {}).get(key) for table in (here, there))
-            if ours != theirs and (section, key) not in _FREE:
+            if ours != theirs and (section, key) not in _FREE and section not in _FREE_SECTIONS:
                 raise ValueError(
                     f"{section}.{key} is {ours!r}, but {theirs!r} in the run that {folder} holds; resume it as it was: "
                     f"`{resume_command(folder)}`"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import signal
 import time
 from collections.abc import Mapping
@@ -11,20 +12,23 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
+from rich.console import Console
 
 import melora_jax as mj
 from train.checkpoint import Bookkeeping, Checkpoints
 from train.compile import Steps, compile_steps
 from train.config import to_toml
-from train.errors import RunError
+from train.errors import HostLostError, RunError
 from train.evaluate import evaluate
 from train.experiment import Experiment
+from train.hosts import is_first, meet, whole_on_host
 from train.identity import check_config, check_folder, check_started, write_facts
-from train.interrupt import Interrupt
+from train.interrupt import Interrupt, make_interrupt
 from train.leftovers import clear_leftovers
 from train.metrics import is_better
 from train.progress import Progress, memory_in_use
-from train.record import MetricsLog
+from train.record import MetricsLog, NoLog
 from train.run_folder import resume_command
 
 
@@ -46,8 +50,9 @@ def run(experiment: Experiment, resume: bool = False) -> Outcome:
     """
     folder = experiment.folder
     check_folder(folder, resume)
+    meet("every process has looked at the folder that the first one is about to change")
     state, frozen = mj.train_state(experiment.model, experiment.tx)
-    key = jax.random.fold_in(jax.random.key(experiment.config.train.seed), 2)
+    key = _run_key(experiment)
     with Checkpoints(folder / "checkpoints") as checkpoints:
         notes, saved = Bookkeeping(config=to_toml(experiment.config)), checkpoints.latest() is not None
         if saved:
@@ -55,15 +60,16 @@ def run(experiment: Experiment, resume: bool = False) -> Outcome:
             state, notes = checkpoints.restore(state)
         elif resume:
             check_started(experiment)
-        clear_leftovers(folder)
-        write_facts(experiment)
+        if is_first():
+            clear_leftovers(folder)
+            write_facts(experiment)
         start = int(state.step)
         # A run that was killed before its first checkpoint begins again, and none of its events counts.
         logged = (start if saved else -1) if resume else None
         with (
-            Progress(experiment.total_steps, experiment.config.train.epochs, start_step=start) as progress,
-            MetricsLog(folder, experiment.config.train.tensorboard, logged, notes.unevaluated) as log,
-            Interrupt() as interrupt,
+            _progress(experiment, start) as progress,
+            _log(experiment, logged, notes) as log,
+            make_interrupt(experiment.mesh) as interrupt,
         ):
             _introduce(experiment, progress, start)
             steps = compile_steps(experiment, state, frozen, key)
@@ -73,6 +79,29 @@ def run(experiment: Experiment, resume: bool = False) -> Outcome:
             except OSError as error:
                 kept, command = checkpoints.describe_latest(), resume_command(folder)
                 raise RunError(f"{error}; {kept}; make room and continue with: {command}") from error
+            except jax.errors.JaxRuntimeError as error:
+                if jax.process_count() == 1:
+                    raise
+                raise HostLostError(error, checkpoints.describe_latest(), folder) from error
+
+
+def _run_key(experiment: Experiment) -> jax.Array:
+    """The key of the run's dropout, on all its devices."""
+
+    def key() -> jax.Array:
+        return jax.random.fold_in(jax.random.key(experiment.config.train.seed), 2)
+
+    return key() if experiment.mesh is None else jax.jit(key, out_shardings=NamedSharding(experiment.mesh, jax.P()))()
+
+
+def _progress(experiment: Experiment, start: int) -> Progress:
+    console = None if is_first() else Console(quiet=True, file=io.StringIO())
+    return Progress(experiment.total_steps, experiment.config.train.epochs, start_step=start, console=console)
+
+
+def _log(experiment: Experiment, logged: int | None, notes: Bookkeeping) -> MetricsLog | NoLog:
+    board = experiment.config.train.tensorboard
+    return MetricsLog(experiment.folder, board, logged, notes.unevaluated) if is_first() else NoLog()
 
 
 @dataclasses.dataclass
@@ -81,7 +110,7 @@ class _Session:
 
     experiment: Experiment
     checkpoints: Checkpoints
-    log: MetricsLog
+    log: MetricsLog | NoLog
     progress: Progress
     steps: Steps
     notes: Bookkeeping
@@ -105,7 +134,7 @@ class _Session:
             if self._waited_enough():
                 return self._stop_early(done - 1)
             rows = experiment.material.plan.batch(done - 1)
-            batch = experiment.material.train.batch(rows)
+            batch = experiment.feed(experiment.material.train, rows)
             state, metrics = self.steps.train[rows.width](state, frozen, batch, key)
             self.window.append((metrics, experiment.material.train.examples(rows)))
             self._keep_up()
@@ -221,8 +250,9 @@ class _Session:
 
     def _keep_adapter(self, state: mj.TrainState) -> None:
         # The next step donates the state's arrays, so the model gets copies.
-        nnx.update(self.experiment.model, jax.tree.map(np.array, state.trainable))
-        mj.save_adapter(self.experiment.model, self.experiment.folder / "adapter")
+        nnx.update(self.experiment.model, whole_on_host(state.trainable))
+        if is_first():
+            mj.save_adapter(self.experiment.model, self.experiment.folder / "adapter")
 
 
 def _introduce(experiment: Experiment, progress: Progress, start: int) -> None:

@@ -124,6 +124,21 @@ class MetricsLog:
         self.close()
 
 
+class NoLog:
+    """In place of a `MetricsLog` where another process writes it."""
+
+    def write(self, event: Mapping[str, Any]) -> None:
+        """Writes nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Closes nothing."""
+
+
 def read_metrics(folder: str | os.PathLike[str]) -> list[Event]:
     """The events of `folder`/metrics.jsonl, in the order in which they were written.
 
