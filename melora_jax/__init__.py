@@ -4,6 +4,7 @@ from melora_jax.adapters import export_peft, load_adapter, save_adapter, spectra
 from melora_jax.config import MELoRAConfig
 from melora_jax.dropout import dropout_key
 from melora_jax.generation import Generation, NewTokens, generate, stream
+from melora_jax.guard import check_mesh
 from melora_jax.layers import FrozenParam, MELoRADense, MELoRAParam
 from melora_jax.models import from_pretrained, save_pretrained
 from melora_jax.models.gguf_tokenizer import tokenizer_from_gguf
@@ -24,6 +25,7 @@ __all__ = [
     "TrainState",
     "adapt",
     "batch_sharding",
+    "check_mesh",
     "describe",
     "dropout_key",
     "export_peft",

@@ -18,10 +18,11 @@ from typing import Any
 import jax
 import numpy as np
 from mesh_bytes import table
-from mesh_runs import Run, compare, train, write_checkpoints
+from mesh_runs import HEADS, TASKS, Run, compare, train, write_checkpoints
 
 import melora_jax as mj
 from melora_jax.dropout import dropout_key, keep_mask
+from melora_jax.parallel import ParallelDot
 from melora_jax.storage import TensorFile
 
 DEVICES = 8
@@ -54,6 +55,39 @@ def check_masks(mesh: jax.sharding.Mesh) -> dict[str, Any]:
     return {"equal": bool(np.array_equal(mask, other)), "kept": float(np.mean(other))}
 
 
+def check_guard(folder: Path, mesh: jax.sharding.Mesh) -> dict[str, str]:
+    """What the guard says of models as they are, and of one whose row-parallel products XLA is left to partition."""
+    said = {}
+    for family, (task, labels) in TASKS.items():
+        said[family] = guarded(folder / family, family, mesh, task, labels)
+    ours, ParallelDot.product = ParallelDot.product, left_to_xla(ParallelDot.product)
+    said["left to XLA"] = guarded(folder / "llama", "llama", mesh, "causal-lm", None)
+    ParallelDot.product = ours
+    return said
+
+
+def guarded(path: Path, family: str, mesh: jax.sharding.Mesh, task: str, labels: int | None) -> str:
+    targets = {"bert": ["query"], "llama": ["q_proj"]}[family]
+    config = mj.MELoRAConfig(n=8, targets=targets, layers=[0], modules_to_save=[HEADS[family]])
+    try:
+        mj.check_mesh(path, config, mesh, task=task, num_labels=labels)
+    except ValueError as error:
+        return str(error)
+    return "equal"
+
+
+def left_to_xla(product: Any) -> Any:
+    """A dense product whose row-parallel form asks for a cut result, which XLA computes wrongly on three axes."""
+
+    def wrong(self: ParallelDot, x: jax.Array, kernel: jax.Array, *rest: Any, **options: Any) -> jax.Array:
+        if self.form(jax.sharding.get_abstract_mesh()) != "row":
+            return product(self, x, kernel, *rest, **options)
+        cut = jax.P(("data", "fsdp"), None, "tensor")
+        return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(x, cut) @ kernel, cut)
+
+    return wrong
+
+
 def main(folder: Path, checks: list[str]) -> None:
     write_checkpoints(folder)
     for check in checks:
@@ -61,6 +95,8 @@ def main(folder: Path, checks: list[str]) -> None:
         mesh = mj.make_mesh(*map(int, sizes.split(",")))
         if what == "bytes":
             result: dict[str, Any] = table(folder, mesh)
+        elif what == "guard":
+            result = check_guard(folder, mesh)
         else:
             result = check_masks(mesh) if what == "masks" else check_training(folder, what, mesh)
         print(json.dumps({"check": check, **result}), flush=True)

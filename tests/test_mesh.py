@@ -32,7 +32,7 @@ def run_checks(folder: Path, *checks: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run_checks(tmp_path_factory.mktemp("mesh"), *SOME, "masks:2,2,2", "bytes:2,2,2")
+    return run_checks(tmp_path_factory.mktemp("mesh"), *SOME, "masks:2,2,2", "bytes:2,2,2", "guard:2,2,2")
 
 
 def check_equal(result: dict[str, Any]) -> None:
@@ -62,6 +62,12 @@ def test_factors_and_their_moments_are_cut_over_tensor(results: dict[str, Any]) 
 def test_masks_do_not_depend_on_the_mesh(results: dict[str, Any]) -> None:
     assert results["masks:2,2,2"]["equal"]
     assert 0.65 < results["masks:2,2,2"]["kept"] < 0.75
+
+
+def test_the_guard_passes_our_layers_and_names_the_one_that_xla_miscompiles(results: dict[str, Any]) -> None:
+    said = results["guard:2,2,2"]
+    assert (said["bert"], said["llama"]) == ("equal", "equal")
+    assert "data=2, fsdp=2, tensor=2 model/layers/0/self_attn/o_proj gives other values" in said["left to XLA"]
 
 
 @pytest.mark.parametrize("form", ["column", "row"])

@@ -61,10 +61,13 @@ def prepare(config: RunConfig) -> Experiment:
     mesh = _mesh(config)
     material = read_material(config)
     require_equal({"the data": _digest(material)}, "give every host the same files")
+    task = _TASKS[config.model.task]
+    if mesh is not None:
+        mj.check_mesh(config.model.name, config.melora, mesh, task=task, num_labels=material.num_labels)
     seed = jax.random.key(config.train.seed)
     model = mj.from_pretrained(
         config.model.name,
-        task=_TASKS[config.model.task],
+        task=task,
         num_labels=material.num_labels,
         dtype=config.model.dtype,
         remat=config.model.remat,
