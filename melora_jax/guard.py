@@ -23,7 +23,7 @@ from melora_jax.config import MELoRAConfig
 from melora_jax.graph import path_of, rewrite, walk
 from melora_jax.layers import FrozenParam, MELoRADense, MELoRAParam
 from melora_jax.matching import plan_sites
-from melora_jax.models.build import Model, model_from_config, sizes_of
+from melora_jax.models.build import model_from_config, sizes_of
 from melora_jax.models.checkpoint import checkpoint_source, config_of
 from melora_jax.models.decoder_config import DecoderConfig
 from melora_jax.models.placement import place_model
@@ -134,8 +134,8 @@ def require_equal_on(mesh: Mesh, alone: nnx.Module, placed: nnx.Module, ids: np.
     sizes = ", ".join(f"{name}={mesh.shape[name]}" for name in AXES)
     raise ValueError(
         f"on a mesh of {sizes} {layer} gives other values than on one device (relative difference "
-        f"{outputs.get(layer, found[worst]):.1e}): this version of XLA partitions it wrongly; choose a mesh with an axis"
-        " of size 1, or another version of jax"
+        f"{outputs.get(layer, found[worst]):.1e}): this version of XLA partitions it wrongly; choose a mesh with an "
+        "axis of size 1, or another version of jax"
     )
 
 
