@@ -4,10 +4,12 @@ from melora_jax.adapters import export_peft, load_adapter, save_adapter, spectra
 from melora_jax.config import MELoRAConfig
 from melora_jax.dropout import dropout_key
 from melora_jax.generation import Generation, NewTokens, generate, stream
+from melora_jax.guard import check_mesh
 from melora_jax.layers import FrozenParam, MELoRADense, MELoRAParam
 from melora_jax.models import from_pretrained, save_pretrained
 from melora_jax.models.gguf_tokenizer import tokenizer_from_gguf
 from melora_jax.optim import TrainState, make_optimizer, make_train_step, train_state
+from melora_jax.sharding import batch_sharding, make_mesh
 from melora_jax.stacking import Stacking, stack_layers, unstack_layers
 from melora_jax.surgery import Adaptation, adapt, describe, merge, unwrap
 
@@ -24,12 +26,15 @@ __all__ = [
     "Stacking",
     "TrainState",
     "adapt",
+    "batch_sharding",
+    "check_mesh",
     "describe",
     "dropout_key",
     "export_peft",
     "from_pretrained",
     "generate",
     "load_adapter",
+    "make_mesh",
     "make_optimizer",
     "make_train_step",
     "merge",

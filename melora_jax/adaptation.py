@@ -32,6 +32,7 @@ class Adaptation:
       sites: the adapted layers.
       adapter, head, frozen: numbers of parameters in the factors, in `modules_to_save`, and in the frozen base.
       saved: paths of the modules that are trained whole.
+      notes: of layers whose factors are not cut over `tensor` on a mesh, and why.
     """
 
     sites: tuple[Site, ...]
@@ -39,6 +40,7 @@ class Adaptation:
     head: int
     frozen: int
     saved: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def trainable(self) -> int:
@@ -57,7 +59,8 @@ class Adaptation:
         share = 100 * self.trainable / max(1, self.trainable + self.frozen)
         saved = f"\ntrained whole: {', '.join(self.saved)}" if self.saved else ""
         counts = f"\nadapters {self.adapter:,} + head {self.head:,} = {self.trainable:,} trainable"
-        return f"{table}{saved}{counts} ({share:.2f} %), {self.frozen:,} frozen"
+        notes = "".join(f"\n{note}" for note in self.notes)
+        return f"{table}{saved}{counts} ({share:.2f} %), {self.frozen:,} frozen{notes}"
 
 
 def _rows(sites: Sequence[Site]) -> list[tuple[str, ...]]:

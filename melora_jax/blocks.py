@@ -95,7 +95,7 @@ def apply(
     x: Float[Array, "... d_in"],
     a: Float[Array, "n i r"],
     b: Float[Array, "n r o"],
-    scale: Float[np.ndarray, "n r"],
+    scale: Float[Array, "n r"] | Float[np.ndarray, "n r"],
     mixer: Mixer = "identity",
     strategy: Strategy = "batched",
 ) -> Float[Array, "... d_out"]:
@@ -130,7 +130,7 @@ def look_up(
 def expand(
     z: Float[Array, "... n r"],
     b: Float[Array, "n r o"],
-    scale: Float[np.ndarray, "n r"],
+    scale: Float[Array, "n r"] | Float[np.ndarray, "n r"],
     mixer: Mixer,
     strategy: Strategy,
 ) -> Float[Array, "... d_out"]:

@@ -161,18 +161,28 @@ def dropout(x: jax.Array, rate: float, path: str, layer: jax.Array | None = None
     >>> dropout(jnp.ones(3), 0.5, "encoder/layer/0").tolist()
     [1.0, 1.0, 1.0]
     """
-    if rate == 0.0:
-        return x
-    key = key_for_site(path)
+    keep = keep_mask(x.shape, rate, path, layer)
+    return x if keep is None else drop(x, keep, rate)
+
+
+def keep_mask(shape: tuple[int, ...], rate: float, path: str, layer: jax.Array | None = None) -> jax.Array | None:
+    """Which entries of an array of `shape` dropout keeps at the site `path`, bool; None where it drops nothing."""
+    key = None if rate == 0.0 else key_for_site(path)
     if key is None:
-        return x
-    if layer is not None:
-        key = jax.random.fold_in(key, layer)
-    dropped = min(round(rate * _LEVELS), _LEVELS - 1)
-    keep = _random_levels(key, x.shape) >= dropped
+        return None
+    key = key if layer is None else jax.random.fold_in(key, layer)
+    return _random_levels(key, shape) >= _dropped_levels(rate)
+
+
+def drop(x: jax.Array, keep: jax.Array, rate: float) -> jax.Array:
+    """`x` with the entries that are not kept set to zero, and the others scaled by `1 / (1 - rate)`."""
     # bfloat16 would round the scale, and with it every kept entry the same way.
-    scaled = x.astype(jnp.promote_types(x.dtype, jnp.float32)) * (_LEVELS / (_LEVELS - dropped))
+    scaled = x.astype(jnp.promote_types(x.dtype, jnp.float32)) * (_LEVELS / (_LEVELS - _dropped_levels(rate)))
     return jnp.where(keep, scaled.astype(x.dtype), jnp.zeros((), x.dtype))
+
+
+def _dropped_levels(rate: float) -> int:
+    return min(round(rate * _LEVELS), _LEVELS - 1)
 
 
 def _random_levels(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from melora_jax.checks import check_count
 from melora_jax.dropout import dropout_key
 from melora_jax.graph import path_of
 from melora_jax.layers import FrozenParam, MELoRAParam
+from melora_jax.sharding import batch_sharding, constrain, mesh_of_tree, put, shardings_like, shardings_of, use_mesh
 
 Label = Literal["a", "b", "head", "frozen"]
 Batch = Any
@@ -124,17 +126,27 @@ class TrainState(NamedTuple):
 
 
 def train_state(model: nnx.Module, tx: optax.GradientTransformation) -> tuple[TrainState, nnx.State]:
-    """The start of training: (state, frozen).
+    """The start of training: (state, frozen), on the mesh that the model lies on.
 
     The state holds the model's own arrays, which a donating step deletes: `nnx.update(model, state.trainable,
     state.host)` puts the new ones into the model before it is evaluated, saved or exported.
     """
     _, trainable, frozen, host = nnx.split(model, nnx.Param, FrozenParam, ...)
-    return TrainState(jnp.zeros((), jnp.int32), trainable, tx.init(trainable), host), frozen
+    step, mesh = jnp.zeros((), jnp.int32), mesh_of_tree(trainable)
+    if mesh is None:
+        return TrainState(step, trainable, tx.init(trainable), host), frozen
+    placed = shardings_like(jax.eval_shape(tx.init, trainable), trainable, mesh)
+    opt_state = jax.jit(tx.init, out_shardings=placed)(trainable)
+    return TrainState(put(step, NamedSharding(mesh, PartitionSpec())), trainable, opt_state, host), frozen
 
 
 def make_train_step(
-    model: nnx.Module, tx: optax.GradientTransformation, loss: Loss, *, accumulate: int = 1
+    model: nnx.Module,
+    tx: optax.GradientTransformation,
+    loss: Loss,
+    *,
+    accumulate: int = 1,
+    mesh: Mesh | None = None,
 ) -> jax.stages.Wrapped:
     """The jitted training step `(state, frozen, batch, key) -> (state, metrics)`. It donates `state`.
 
@@ -145,9 +157,11 @@ def make_train_step(
         with dropout on. A scalar named "weight" says how much the batch counts: with `accumulate`, micro-batches are
         averaged by it, so that the step equals one over the whole batch however rows are padded.
       accumulate: number of micro-batches that the leading axis of the batch is cut into.
+      mesh: the mesh that the model was loaded on. The batch's leading axes are then shared out over data and fsdp, and
+        everything that the step takes and returns keeps its place.
 
     Raises:
-      ValueError: `accumulate` is below 1 or, at the call, does not divide the batch.
+      ValueError: `accumulate` is below 1 or, at the call, does not divide the batch; or the model is not on `mesh`.
 
     Returns:
       The step. `key` is one key for the run: the step folds in its own number, so resuming needs no other random
@@ -168,16 +182,30 @@ def make_train_step(
 
     def step(state: TrainState, frozen: nnx.State, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
-        if accumulate == 1:
-            grads, (metrics, host) = gradient(state.trainable, frozen, state.host, batch, key)
-        else:
-            grads, (metrics, host) = _accumulated(gradient, accumulate, state, frozen, batch, key)
+        with use_mesh(mesh):
+            if accumulate == 1:
+                grads, (metrics, host) = gradient(state.trainable, frozen, state.host, batch, key)
+            else:
+                grads, (metrics, host) = _accumulated(gradient, accumulate, state, frozen, batch, key)
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         trainable: Any = optax.apply_updates(state.trainable, updates)
         metrics = metrics | {"grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, trainable, opt_state, host), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, **_step_shardings(model, tx, mesh))
+
+
+def _step_shardings(model: nnx.Module, tx: optax.GradientTransformation, mesh: Mesh | None) -> dict[str, Any]:
+    """The step's `in_shardings` and `out_shardings` on a mesh."""
+    if mesh is None:
+        return {}
+    _, trainable, frozen, host = nnx.split(model, nnx.Param, FrozenParam, ...)
+    if mesh_of_tree((trainable, frozen)) != mesh:
+        raise ValueError("the model does not lie on this mesh; load it with from_pretrained(..., mesh=mesh)")
+    whole: Any = NamedSharding(mesh, PartitionSpec())
+    opt_state = shardings_like(jax.eval_shape(tx.init, trainable), trainable, mesh)
+    state = TrainState(whole, shardings_of(trainable), opt_state, jax.tree.map(lambda _: whole, host))
+    return {"in_shardings": (state, shardings_of(frozen), batch_sharding(mesh), whole), "out_shardings": (state, whole)}
 
 
 def _accumulated(gradient: Any, count: int, state: TrainState, frozen: nnx.State, batch: Batch, key: jax.Array) -> Any:
@@ -204,4 +232,4 @@ def _accumulated(gradient: Any, count: int, state: TrainState, frozen: nnx.State
 def _cut(x: jax.Array, count: int) -> jax.Array:
     if x.shape[0] % count:
         raise ValueError(f"accumulate={count} does not divide the batch of {x.shape[0]} rows; choose a divisor, or pad")
-    return x.reshape(count, x.shape[0] // count, *x.shape[1:])
+    return constrain(x.reshape(count, x.shape[0] // count, *x.shape[1:]), rows=1)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from melora_jax.graph import path_of, rewrite, walk
 from melora_jax.layer_stack import LayerRun, Layers
@@ -100,8 +101,12 @@ def unstacked(model: M, wanted: Any = ...) -> M:
     if not is_stacked(model):
         return model
     graphdef, kept, rest = nnx.split(model, wanted, ...)
-    shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), rest)
+    shapes = jax.tree.map(_shape_of, rest)
     return unstack_layers(nnx.merge(graphdef, kept, shapes, copy=True))
+
+
+def _shape_of(array: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=getattr(array, "sharding", None))
 
 
 def _shared_variables(model: nnx.Module) -> frozenset[int]:
@@ -192,7 +197,11 @@ def _join(arrays: Sequence[Any]) -> Any:
     first = arrays[0]
     if isinstance(first, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct((len(arrays), *first.shape), first.dtype)
-    return jnp.stack(arrays)
+    placed = getattr(first, "sharding", None)
+    if not isinstance(placed, NamedSharding):
+        return jnp.stack(arrays)
+    # on a mesh the layers are never cut, and each of their axes as it was
+    return jax.jit(jnp.stack, out_shardings=NamedSharding(placed.mesh, PartitionSpec(None, *placed.spec)))(arrays)
 
 
 def _unstacked(layers: Layers, path: str) -> Iterator[nnx.Module]:
@@ -214,9 +223,17 @@ def _take_apart(stack: nnx.Module, layers: Sequence[nnx.Module]) -> None:
     for whole, *parts in zip(*variables, strict=True):
         values = whole.get_raw_value()
         for index, part in enumerate(parts):
-            abstract = isinstance(values, jax.ShapeDtypeStruct)
-            part.set_raw_value(jax.ShapeDtypeStruct(values.shape[1:], values.dtype) if abstract else values[index])
+            part.set_raw_value(_part(values, index))
         whole.set_raw_value(jax.ShapeDtypeStruct(values.shape, values.dtype))
+
+
+def _part(values: Any, index: int) -> Any:
+    placed = getattr(values, "sharding", None)
+    if isinstance(placed, NamedSharding):
+        placed = NamedSharding(placed.mesh, PartitionSpec(*placed.spec[1:]))
+    if isinstance(values, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(values.shape[1:], values.dtype, sharding=placed)
+    return jax.device_put(values[index], placed) if isinstance(placed, NamedSharding) else values[index]
 
 
 def _describe(lists: Iterable[Layers]) -> Stacking:

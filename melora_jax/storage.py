@@ -127,6 +127,11 @@ class TensorFile:
         self.dtype(key)
         return self._file.get_tensor(key)
 
+    def read_part(self, key: str, index: tuple[slice, ...]) -> np.ndarray:
+        """The part of tensor `key` that `index`, a slice an axis, cuts out; nothing else is read."""
+        self.dtype(key)
+        return self._slice(key)[index]
+
     def dtype(self, key: str) -> np.dtype:
         """The dtype of tensor `key`, from the header alone."""
         stored = self._slice(key).get_dtype()

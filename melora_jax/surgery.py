@@ -20,6 +20,8 @@ from melora_jax.graph import path_of, rewrite, walk
 from melora_jax.layers import FrozenParam, MELoRADense, MELoRAParam, freeze, thaw
 from melora_jax.matching import Plan, plan_sites
 from melora_jax.probing import check_outputs_move
+from melora_jax.sharding import put
+from melora_jax.slices import factor_sharding, whole_note
 from melora_jax.stacking import is_stacked, unstack_layers, unstacked
 
 CONFIG_ATTRIBUTE = "melora_config"
@@ -70,10 +72,19 @@ def adapt(model: nnx.Module, config: MELoRAConfig, *, rngs: nnx.Rngs, probe: Any
     for identity, site in plan.sites.items():
         own = nnx.Rngs(start_key(key, site.path))
         wrapped[identity] = MELoRADense.wrap(site.layer, site.spec, path=site.path, rngs=own)
+        _place_factors(wrapped[identity])
     _freeze_base(model, plan)
     rewrite(model, lambda path, node: wrapped.get(id(node), node))
     setattr(model, CONFIG_ATTRIBUTE, config)
     return describe(model)
+
+
+def _place_factors(layer: MELoRADense) -> None:
+    """Puts fresh factors on the mesh that the base's kernel lies on."""
+    sharding = factor_sharding(layer.kernel_variable[...], layer.spec)
+    if sharding is not None:
+        for factor in (layer.a, layer.b):
+            factor.set_value(put(factor[...], sharding))
 
 
 def _freeze_base(model: nnx.Module, plan: Plan) -> None:
@@ -138,14 +149,19 @@ def describe(model: nnx.Module) -> Adaptation:
       ValueError: the model was not adapted.
     """
     config = config_of(model)
-    model = unstacked(model, nnx.Nothing())
-    sites = tuple(_site(path, layer) for path, layer in adapters_of(model).items())
+    adapters = adapters_of(unstacked(model, nnx.Nothing()))
+    sites = tuple(_site(path, layer) for path, layer in adapters.items())
+    notes: dict[str, list[str]] = {}
+    for path, layer in adapters.items():
+        if note := whole_note(layer.kernel_variable[...], layer.spec):
+            notes.setdefault(note, []).append(path)
     return Adaptation(
         sites=sites,
         adapter=sum(site.parameters for site in sites),
         head=_size_of(model, nnx.Param) - _size_of(model, MELoRAParam),
         frozen=_size_of(model, FrozenParam),
         saved=tuple(config.modules_to_save),
+        notes=tuple(f"{', '.join(paths)}: {note}" for note, paths in notes.items()),
     )
 
 

@@ -46,7 +46,7 @@ def update_of(
       a, b: the factors.
       layer: the layer's number in a stack that shares this path, for its dropout; it may be traced.
     """
-    a, b = _cast(adapter, a, y), _cast(adapter, b, y)
+    a, b = in_dtype_of(adapter, a, y), in_dtype_of(adapter, b, y)
     if view.lookup:  # an embedding's dropout drops whole tokens
         keep = dropout(jnp.ones(x.shape, a.dtype), adapter.spec.dropout, adapter.path, layer)
         latents = blocks.look_up(x, a, keep)
@@ -65,7 +65,7 @@ def attend_update(
 
     The adapter's dropout is of the embedding's own input, so there is none here.
     """
-    a, b = _cast(adapter, a, y), _cast(adapter, b, y)
+    a, b = in_dtype_of(adapter, a, y), in_dtype_of(adapter, b, y)
     row = jax.ShapeDtypeStruct((*query.shape[:-1], view.d_in), a.dtype)
 
     def forward(x: Array) -> Array:
@@ -84,6 +84,6 @@ def merged_kernel(
     return (kernel.astype(wide) + view.unflatten_kernel(delta, kernel.shape)).astype(kernel.dtype)
 
 
-def _cast(adapter: Adapter, factor: Array, y: Array) -> Array:
-    """A factor in the dtype of the computation."""
+def in_dtype_of(adapter: Adapter, factor: Array, y: Array | jax.ShapeDtypeStruct) -> Array:
+    """A factor in the dtype of the computation: the adapter's own, or that of its layer's output."""
     return factor.astype(jnp.dtype(adapter.spec.dtype or y.dtype))

@@ -36,15 +36,15 @@ DECODER_SIZES = {
 }
 
 
-def make_material(folder: Path) -> Path:
+def make_material(folder: Path, sizes: dict = SIZES) -> Path:
     """`folder` with a checkpoint in model/, and train.jsonl and held_out.jsonl."""
-    make_checkpoint(folder / "model")
+    make_checkpoint(folder / "model", sizes)
     make_rows(folder / "train.jsonl", 53)
     make_rows(folder / "held_out.jsonl", 19, first=100)
     return folder
 
 
-def make_checkpoint(folder: Path) -> Path:
+def make_checkpoint(folder: Path, sizes: dict = SIZES) -> Path:
     """A folder with config.json, random weights and a word tokenizer."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     vocabulary = {word: number for number, word in enumerate([*special, *WORDS])}
@@ -52,14 +52,14 @@ def make_checkpoint(folder: Path) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     ends = [("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])]
     tokenizer.post_processor = processors.BertProcessing(ends[1], ends[0])
-    save_pretrained(model_from_config(SIZES, task="encoder"), folder)
+    save_pretrained(model_from_config(sizes, task="encoder"), folder)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="[UNK]",
         pad_token="[PAD]",
         cls_token="[CLS]",
         sep_token="[SEP]",
-        model_max_length=SIZES["max_position_embeddings"],
+        model_max_length=sizes["max_position_embeddings"],
     ).save_pretrained(folder)
     return folder
 

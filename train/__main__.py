@@ -21,6 +21,7 @@ USAGE = """usage: python -m train COMMAND ...
   demo [--help]                                          compare head only, LoRA and MELoRA on real movie reviews
   demo-chat [--help]                                     tune a small chat model by LoRA and MELoRA; see it answer
   report FOLDER                                          write FOLDER/report.html again
+  crash-test RECIPE.toml [--kills 30]                    kill a run at random moments, resume it, compare the ends
   bench [--help]                                         time MELoRA and LoRA against the frozen model
 
 example: python -m train run train/recipes/local.toml --data.train my.jsonl --data.validation held_out.jsonl"""
@@ -28,9 +29,10 @@ example: python -m train run train/recipes/local.toml --data.train my.jsonl --da
 
 def command_run(words: Sequence[str]) -> int:
     """One fine-tuning run."""
-    from train.config import from_toml
+    from train.config import from_toml, settings_of
     from train.experiment import prepare
     from train.finish import finish
+    from train.hosts import is_first, join, meet, require_equal
     from train.loop import describe_stop, exit_code, run
 
     if not words or words[0].startswith("-"):
@@ -39,10 +41,16 @@ def command_run(words: Sequence[str]) -> int:
         )
     resume = "--resume" in words
     config = from_toml(words[0], [word for word in words[1:] if word != "--resume"])
+    join(config.distributed)
+    require_equal(settings_of(config, resume), "start every host with the same recipe and options")
     experiment = prepare(config)
     outcome = run(experiment, resume)
+    if not is_first():
+        meet("the results are written")
+        return exit_code(outcome)
     if outcome.stopped_by:
         print(describe_stop(outcome, experiment.folder))
+        meet("the results are written")
         return exit_code(outcome)
     if outcome.best is None:
         raise RunError(
@@ -50,6 +58,7 @@ def command_run(words: Sequence[str]) -> int:
         )
     print(f"best {config.metric} {outcome.best:.4f}")
     print("\n".join(finish(experiment)))
+    meet("the results are written")
     return 0
 
 
@@ -91,6 +100,13 @@ def command_bench(words: Sequence[str]) -> int:
     return bench(words)
 
 
+def command_crash_test(words: Sequence[str]) -> int:
+    """A run killed at random moments, against one left alone."""
+    from train.crashes import crash_test
+
+    return crash_test(words)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "run": command_run,
     "generate": command_generate,
@@ -98,6 +114,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "demo-chat": command_demo_chat,
     "report": command_report,
     "bench": command_bench,
+    "crash-test": command_crash_test,
 }
 
 

@@ -21,6 +21,11 @@ class BatchRows(NamedTuple):
     indices: np.ndarray
     width: int
 
+    @property
+    def places(self) -> int:
+        """Rows of the batch, those without content counted."""
+        return len(self.indices)
+
 
 def bucket_widths(buckets: Sequence[int], max_length: int) -> tuple[int, ...]:
     """The widths batches may have: those below `max_length`, and `max_length`.
@@ -92,7 +97,7 @@ def eval_batches(lengths: np.ndarray, batch_size: int, buckets: Sequence[int]) -
 
 
 def make_batch(
-    tokens: Tokens, labels: np.ndarray, indices: np.ndarray, width: int, pad_id: int
+    tokens: Tokens, labels: np.ndarray, indices: np.ndarray, width: int, pad_id: int, part: slice = slice(None)
 ) -> dict[str, np.ndarray]:
     """The arrays of one batch.
 
@@ -103,11 +108,12 @@ def make_batch(
         of nothing but padding would leave attention without a key.
       width: t, tokens a row after padding.
       pad_id: the tokenizer's padding id.
+      part: the places to make, of those in `indices`.
 
     Returns:
       input_ids, attention_mask and, if the model knows them, token_type_ids int32 [b, t]; labels and weight [b].
     """
-    rows = np.where(indices < 0, indices[0], indices)
+    rows, indices = np.where(indices < 0, indices[0], indices)[part], indices[part]
     batch = {"input_ids": np.full((len(rows), width), pad_id, np.int32)}
     batch["attention_mask"] = np.zeros_like(batch["input_ids"])
     if tokens.token_type_ids is not None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
@@ -23,6 +25,7 @@ class Bookkeeping:
       best: the best ranking metric so far, and the step it was seen at.
       waited: evaluations since then, for early stopping.
       seconds: time spent so far.
+      unevaluated: the evaluation that was due at this step was broken off, and is the first thing to do.
     """
 
     config: str
@@ -30,6 +33,7 @@ class Bookkeeping:
     best_step: int | None = None
     waited: int = 0
     seconds: float = 0.0
+    unevaluated: bool = False
 
 
 class Checkpoints:
@@ -45,11 +49,13 @@ class Checkpoints:
         keep = checkpoint_managers.AnyPreservationPolicy(
             [
                 checkpoint_managers.LatestN(1),
-                checkpoint_managers.BestN(get_metric_fn=_rank, n=1, keep_checkpoints_without_metrics=False),
+                checkpoint_managers.BestN(get_metric_fn=_rank, n=1),
             ]
         )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keep,
+            # The policy decides; but without a best_fn metrics are not stored, and a resumed run forgets its best.
+            best_fn=_rank,
             cleanup_tmp_directories=True,
             # Adapters are small: a save that has returned is on disk, and its errors are ours to explain.
             enable_async_checkpointing=False,
@@ -59,6 +65,10 @@ class Checkpoints:
     def latest(self) -> int | None:
         """The step of the newest complete checkpoint."""
         return self._manager.latest_step()
+
+    def steps(self) -> list[int]:
+        """The steps of the complete checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
 
     def describe_latest(self) -> str:
         """What is left to go on from."""
@@ -80,7 +90,7 @@ class Checkpoints:
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(_named(state)), notes=ocp.args.JsonSave(dataclasses.asdict(notes))
         )
-        metrics = None if score is None else {"score": score, "step": step}
+        metrics = {"score": score, "step": step}
         try:
             self._manager.save(step, args=items, metrics=metrics)
         except (OSError, ValueError) as error:
@@ -113,6 +123,12 @@ class Checkpoints:
         restored = self._manager.restore(step, args=ocp.args.Composite(notes=ocp.args.JsonRestore()))
         return Bookkeeping(**restored["notes"])
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The newest checkpoint's arrays by name, on the host."""
+        items = ocp.args.Composite(state=ocp.args.StandardRestore())
+        restored = self._manager.restore(self._manager.latest_step(), args=items)
+        return {name: np.asarray(array) for name, array in restored["state"].items()}
+
     def __enter__(self) -> Self:
         return self
 
@@ -123,8 +139,8 @@ class Checkpoints:
 
 
 def _rank(metrics: Any) -> Any:
-    """A sort key: of equal scores the first step wins, as in the loop. (orbax says float; a pair sorts too.)"""
-    return metrics["score"], -metrics["step"]
+    """A sort key: of equal scores the first step wins, as in the loop; no score is the least. (A pair sorts too.)"""
+    return (-math.inf if metrics["score"] is None else metrics["score"]), -metrics["step"]
 
 
 def _named(state: TrainState) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -9,8 +10,9 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
-from melora_jax import TrainState, make_train_step
+from melora_jax import TrainState, batch_sharding, make_train_step
 from train.experiment import Experiment
 from train.step import Batch, make_eval_step, make_loss
 
@@ -29,23 +31,28 @@ def compile_steps(experiment: Experiment, state: TrainState, frozen: nnx.State, 
     """The training step for each width of the plan, the evaluation step for each width of the held-out rows."""
     material, measure = experiment.material, experiment.measure
     parts = experiment.config.train.accumulate
-    step = make_train_step(experiment.model, experiment.tx, make_loss(measure), accumulate=parts)
-    eval_step = make_eval_step(experiment.model, measure)
+    mesh = experiment.mesh
+    step = make_train_step(experiment.model, experiment.tx, make_loss(measure), accumulate=parts, mesh=mesh)
+    eval_step = make_eval_step(experiment.model, measure, mesh)
     batch = material.train.batch(material.plan.batch(0))
     lowered = {
-        ("train", width): step.lower(state, frozen, _of_width(batch, width), key) for width in material.plan.widths
+        ("train", width): step.lower(state, frozen, _of_width(batch, width, mesh), key)
+        for width in material.plan.widths
     }
     batch = material.validation.batch(material.held_out[0])
-    for width in {rows.width for rows in material.held_out}:
-        lowered["evaluate", width] = eval_step.lower(state, frozen, _of_width(batch, width))
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        for width in {rows.width for rows in material.held_out}:
+            lowered["evaluate", width] = eval_step.lower(state, frozen, _of_width(batch, width, mesh))
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         compiled = dict(zip(lowered, pool.map(lambda one: one.compile(), lowered.values()), strict=True))
     by_kind = {kind: {w: run for (k, w), run in compiled.items() if k == kind} for kind in ("train", "evaluate")}
     return Steps(**by_kind)
 
 
-def _of_width(batch: Batch, width: int) -> Batch:
+def _of_width(batch: Batch, width: int, mesh: Mesh | None) -> Batch:
     """The shapes and dtypes of a batch like `batch`, [b, t] arrays `width` wide."""
+    where = None if mesh is None else batch_sharding(mesh)
     return {
-        name: jax.ShapeDtypeStruct((len(x), width) if x.ndim == 2 else x.shape, x.dtype) for name, x in batch.items()
+        name: jax.ShapeDtypeStruct((len(x), width) if x.ndim == 2 else x.shape, x.dtype, sharding=where)
+        for name, x in batch.items()
     }

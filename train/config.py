@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -95,6 +96,7 @@ class RunConfig(Sections):
                 yield f"{key}={value!r} must be {low} and " + ("finite" if bound == math.inf else f"below {bound}")
         yield from self._data_problems()
         yield from self._train_problems()
+        yield from self._device_problems()
 
     def _data_problems(self) -> Iterator[str]:
         data, task = self.data, self.model.task
@@ -132,6 +134,22 @@ class RunConfig(Sections):
         if self.metric not in (*self.metrics, "loss"):
             yield f"train.metric={self.metric!r} is not computed here; choose from {', '.join(self.metrics)}, loss"
 
+    def _device_problems(self) -> Iterator[str]:
+        sizes, hosts = vars(self.mesh), self.distributed
+        for name, size in sizes.items():
+            if size < 1 and size != -1:
+                yield f"mesh.{name}={size} must be at least 1, or -1 for the rest of the devices"
+        if list(sizes.values()).count(-1) > 1:
+            yield "only one of mesh.data, mesh.fsdp and mesh.tensor can be -1, the rest of the devices"
+        told = (hosts.coordinator, hosts.processes, hosts.process)
+        if hosts.cluster == "auto" and told != (None,) * 3:
+            yield "distributed.cluster=auto finds the processes by itself; unset coordinator, processes and process"
+        if None in told and told != (None,) * 3:
+            given = f"coordinator={told[0]!r}, processes={told[1]}, process={told[2]}"
+            yield f"distributed: {given}: give all three, e.g. coordinator=10.0.0.1:1234, processes=2 and process=0"
+        if hosts.processes is not None and hosts.process is not None and not 0 <= hosts.process < hosts.processes:
+            yield f"distributed.process={hosts.process} must be below distributed.processes={hosts.processes}"
+
 
 def from_toml(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The configuration of a recipe with `--section.key value` words put over it; among them, `--help` lists all keys.
@@ -152,9 +170,19 @@ def from_toml(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return RunConfig(**vars(sections))
 
 
+def settings_of(config: RunConfig, resume: bool) -> dict[str, str]:
+    """What every process of a run must have been started with alike, by section."""
+    tables = tomllib.loads(to_toml(config))
+    return {f"[{name}]": tomli_w.dumps(table) for name, table in tables.items()} | {"--resume": str(resume)}
+
+
 def to_toml(config: RunConfig) -> str:
-    """The configuration as TOML, which `from_toml` reads back to an equal one; None and {} are left out."""
+    """The configuration as TOML, which `from_toml` reads back to an equal one; None and {} are left out.
+
+    So is the number of the process, the one thing in which processes of a run differ.
+    """
     tables = dataclasses.asdict(config)
+    tables["distributed"]["process"] = None
     return tomli_w.dumps(
         {
             name: {key: value for key, value in table.items() if value not in (None, {})}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 
@@ -12,21 +13,35 @@ from melora_jax import TrainState
 from train.experiment import Experiment
 from train.metrics import compute_metrics
 
+_AHEAD = 3  # batches dispatched before the oldest is waited for: the device never waits, and stopping is prompt
+
 
 def evaluate(
-    experiment: Experiment, eval_steps: Mapping[int, Any], state: TrainState, frozen: nnx.State
-) -> dict[str, float]:
+    experiment: Experiment,
+    eval_steps: Mapping[int, Any],
+    state: TrainState,
+    frozen: nnx.State,
+    stopping: Callable[[], object] = lambda: False,
+) -> dict[str, float] | None:
     """The metrics of the run's task and the mean loss.
 
     Args:
       eval_steps: compiled evaluation steps by batch width.
+      stopping: asked before each batch whether to break off.
+
+    Returns:
+      The metrics; None if it was broken off.
 
     Raises:
       FloatingPointError: predictions or a loss that are not finite.
     """
     material, rows = experiment.material, experiment.material.validation
-    # All are dispatched before the first is fetched, so that the device does not wait for the host.
-    outputs = [eval_steps[batch.width](state, frozen, rows.batch(batch)) for batch in material.held_out]
+    outputs = []
+    for batch in material.held_out:
+        if stopping():
+            return None
+        outputs.append(eval_steps[batch.width](state, frozen, experiment.feed(rows, batch)))
+        jax.block_until_ready(outputs[max(0, len(outputs) - 1 - _AHEAD)].total if len(outputs) > _AHEAD else ())
     loss = sum(float(one.total) for one in outputs) / sum(float(one.weight) for one in outputs)
     if not np.isfinite(loss):
         # Of logits that are not finite argmax still makes a class.

@@ -10,9 +10,12 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 import melora_jax as mj
 from train.config import RunConfig
+from train.feed import Feed, make_feed
+from train.hosts import require_equal
 from train.material import Material, read_material
 from train.step import Measurer, measurer
 
@@ -30,6 +33,8 @@ class Experiment:
     adaptation: mj.Adaptation
     schedule: optax.Schedule
     tx: optax.GradientTransformation
+    mesh: Mesh | None
+    feed: Feed
 
     @property
     def total_steps(self) -> int:
@@ -53,15 +58,21 @@ def prepare(config: RunConfig) -> Experiment:
     Raises:
       ValueError, FileNotFoundError: whatever is wrong with the data, the checkpoint or the adapter's settings.
     """
+    mesh = _mesh(config)
     material = read_material(config)
+    require_equal({"the data": _digest(material)}, "give every host the same files")
+    task = _TASKS[config.model.task]
+    if mesh is not None:
+        mj.check_mesh(config.model.name, config.melora, mesh, task=task, num_labels=material.num_labels)
     seed = jax.random.key(config.train.seed)
     model = mj.from_pretrained(
         config.model.name,
-        task=_TASKS[config.model.task],
+        task=task,
         num_labels=material.num_labels,
         dtype=config.model.dtype,
         remat=config.model.remat,
         rngs=nnx.Rngs(jax.random.fold_in(seed, 0)),
+        mesh=mesh,
     )
     _check_fit(model, config, material)
     adaptation = mj.adapt(model, config.melora, rngs=nnx.Rngs(jax.random.fold_in(seed, 1)))
@@ -69,7 +80,35 @@ def prepare(config: RunConfig) -> Experiment:
         material = dataclasses.replace(material, notes=(*material.notes, str(mj.stack_layers(model))))
     schedule, tx = _optimizer(model, config, _total_steps(config, material))
     measure = measurer(config.model.task, config.instruction.chunk)
-    return Experiment(config, material, measure, model, adaptation, schedule, tx)
+    return Experiment(config, material, measure, model, adaptation, schedule, tx, mesh, make_feed(mesh))
+
+
+def _mesh(config: RunConfig) -> Mesh | None:
+    """The mesh of a run, None for one device; its batches must share out evenly."""
+    if jax.process_count() == 1 and set(vars(config.mesh).values()) == {1}:
+        return None
+    try:
+        mesh = mj.make_mesh(**vars(config.mesh))
+    except ValueError as error:
+        raise ValueError(f"[mesh] {error}") from None
+    parts, sizes = mesh.shape["data"] * mesh.shape["fsdp"], config.train
+    for key, rows, of in (
+        ("batch_size", sizes.batch_size, parts * sizes.accumulate),
+        ("eval_batch_size", sizes.eval_batch_size, parts),
+    ):
+        if rows % of:
+            accumulated = f" times train.accumulate={sizes.accumulate}" if of > parts else ""
+            raise ValueError(
+                f"train.{key}={rows} rows can't be shared out evenly to mesh.data × mesh.fsdp = {parts}"
+                f"{accumulated}; choose a multiple of {of}"
+            )
+    return mesh
+
+
+def _digest(material: Material) -> bytes:
+    """Bytes that tell whether two hosts read the same data."""
+    labels = b"" if material.labels is None else material.labels.tobytes()
+    return b"".join([material.train.lengths.tobytes(), material.validation.lengths.tobytes(), labels])
 
 
 def _check_fit(model: Any, config: RunConfig, material: Material) -> None:

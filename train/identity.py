@@ -18,14 +18,15 @@ from train.run_folder import resume_command
 
 # Settings that may change between the parts of a run: they touch neither the weights nor the order of the data.
 _FREE = (("output", "folder"), ("train", "log_every"), ("train", "tensorboard"), ("train", "patience"))
+# Nor do the devices: a run may go on on any others.
+_FREE_SECTIONS = ("mesh", "distributed")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 
 
 def check_folder(folder: Path, resume: bool) -> None:
-    """Raises ValueError where a new run would meet another in `folder`, or a resumed one nothing to go on from."""
+    """Raises ValueError where a new run would meet another in `folder`, or a resumed one no run at all."""
     started = (folder / "metrics.jsonl").exists() or (folder / "checkpoints").exists()
-    has_steps = any(entry.name.isdigit() for entry in (folder / "checkpoints").glob("*"))
-    if resume and not has_steps:
+    if resume and not started:
         raise ValueError(f"{folder} holds no checkpoint to resume from; start the run without --resume")
     if started and not resume:
         raise ValueError(
@@ -34,13 +35,21 @@ def check_folder(folder: Path, resume: bool) -> None:
         )
 
 
-def check_config(experiment: Experiment, saved: str, folder: Path) -> None:
+def check_started(experiment: Experiment) -> None:
+    """`check_config` for a run that left no checkpoint, if it came so far as to say what it is."""
+    stated = experiment.folder / "config.toml"
+    if stated.exists():
+        check_config(experiment, stated.read_text(encoding="utf-8"))
+
+
+def check_config(experiment: Experiment, saved: str) -> None:
     """A resumed run must be the same run."""
+    folder = experiment.folder
     here, there = tomllib.loads(to_toml(experiment.config)), tomllib.loads(saved)
     for section in here.keys() | there.keys():
         for key in here.get(section, {}).keys() | there.get(section, {}).keys():
             ours, theirs = (table.get(section, {}).get(key) for table in (here, there))
-            if ours != theirs and (section, key) not in _FREE:
+            if ours != theirs and (section, key) not in _FREE and section not in _FREE_SECTIONS:
                 raise ValueError(
                     f"{section}.{key} is {ours!r}, but {theirs!r} in the run that {folder} holds; resume it as it was: "
                     f"`{resume_command(folder)}`"

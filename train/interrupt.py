@@ -6,13 +6,23 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
 
 class Interrupt:
     """While entered, remembers the first SIGINT or SIGTERM; a second one ends the process as usual."""
 
     def __init__(self) -> None:
-        self.signal: int | None = None
+        self._noted: int | None = None
         self._before: dict[int, Any] = {}
+
+    @property
+    def signal(self) -> int | None:
+        """The signal that came, if one did."""
+        return self._noted
 
     def __enter__(self) -> Self:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -25,10 +35,36 @@ class Interrupt:
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
+        self._noted = number
         self._restore()
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
+
+
+class SharedInterrupt(Interrupt):
+    """The same for many processes that ask equally often: a signal to any of them is seen by all, one question later.
+
+    The later question spares the devices a wait: each answer is on its way while the next step runs.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        super().__init__()
+        self._one_a_device = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._largest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self._answer: jax.Array | None = None
+
+    @property
+    def signal(self) -> int | None:
+        """The signal that came to any process before the last question."""
+        noted = np.full(jax.local_device_count(), self._noted or 0, np.int32)
+        before, shape = self._answer, (jax.device_count(),)
+        self._answer = self._largest(jax.make_array_from_process_local_data(self._one_a_device, noted, shape))
+        return None if before is None else int(before) or None
+
+
+def make_interrupt(mesh: Mesh | None) -> Interrupt:
+    """What fits the number of processes."""
+    return Interrupt() if mesh is None or jax.process_count() == 1 else SharedInterrupt(mesh)

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
+from rich.console import Console
 
 import melora_jax as mj
 from train.checkpoint import Bookkeeping, Checkpoints
 from train.compile import Steps, compile_steps
 from train.config import to_toml
-from train.errors import RunError
+from train.errors import HostLostError, RunError
 from train.evaluate import evaluate
 from train.experiment import Experiment
-from train.identity import check_config, check_folder, write_facts
-from train.interrupt import Interrupt
+from train.hosts import is_first, meet, whole_on_host
+from train.identity import check_config, check_folder, check_started, write_facts
+from train.interrupt import Interrupt, make_interrupt
+from train.leftovers import clear_leftovers
 from train.metrics import is_better
 from train.progress import Progress, memory_in_use
-from train.record import MetricsLog
+from train.record import MetricsLog, NoLog
 from train.run_folder import resume_command
 
 
@@ -44,19 +50,26 @@ def run(experiment: Experiment, resume: bool = False) -> Outcome:
     """
     folder = experiment.folder
     check_folder(folder, resume)
+    meet("every process has looked at the folder that the first one is about to change")
     state, frozen = mj.train_state(experiment.model, experiment.tx)
-    key = jax.random.fold_in(jax.random.key(experiment.config.train.seed), 2)
+    key = _run_key(experiment)
     with Checkpoints(folder / "checkpoints") as checkpoints:
-        notes = Bookkeeping(config=to_toml(experiment.config))
-        if resume:
-            check_config(experiment, checkpoints.notes().config, folder)
+        notes, saved = Bookkeeping(config=to_toml(experiment.config)), checkpoints.latest() is not None
+        if saved:
+            check_config(experiment, checkpoints.notes().config)
             state, notes = checkpoints.restore(state)
-        write_facts(experiment)
+        elif resume:
+            check_started(experiment)
+        if is_first():
+            clear_leftovers(folder)
+            write_facts(experiment)
         start = int(state.step)
+        # A run that was killed before its first checkpoint begins again, and none of its events counts.
+        logged = (start if saved else -1) if resume else None
         with (
-            Progress(experiment.total_steps, experiment.config.train.epochs, start_step=start) as progress,
-            MetricsLog(folder, experiment.config.train.tensorboard, start if resume else None) as log,
-            Interrupt() as interrupt,
+            _progress(experiment, start) as progress,
+            _log(experiment, logged, notes) as log,
+            make_interrupt(experiment.mesh) as interrupt,
         ):
             _introduce(experiment, progress, start)
             steps = compile_steps(experiment, state, frozen, key)
@@ -66,6 +79,29 @@ def run(experiment: Experiment, resume: bool = False) -> Outcome:
             except OSError as error:
                 kept, command = checkpoints.describe_latest(), resume_command(folder)
                 raise RunError(f"{error}; {kept}; make room and continue with: {command}") from error
+            except jax.errors.JaxRuntimeError as error:
+                if jax.process_count() == 1:
+                    raise
+                raise HostLostError(error, checkpoints.describe_latest(), folder) from error
+
+
+def _run_key(experiment: Experiment) -> jax.Array:
+    """The key of the run's dropout, on all its devices."""
+
+    def key() -> jax.Array:
+        return jax.random.fold_in(jax.random.key(experiment.config.train.seed), 2)
+
+    return key() if experiment.mesh is None else jax.jit(key, out_shardings=NamedSharding(experiment.mesh, jax.P()))()
+
+
+def _progress(experiment: Experiment, start: int) -> Progress:
+    console = None if is_first() else Console(quiet=True, file=io.StringIO())
+    return Progress(experiment.total_steps, experiment.config.train.epochs, start_step=start, console=console)
+
+
+def _log(experiment: Experiment, logged: int | None, notes: Bookkeeping) -> MetricsLog | NoLog:
+    board = experiment.config.train.tensorboard
+    return MetricsLog(experiment.folder, board, logged, notes.unevaluated) if is_first() else NoLog()
 
 
 @dataclasses.dataclass
@@ -74,7 +110,7 @@ class _Session:
 
     experiment: Experiment
     checkpoints: Checkpoints
-    log: MetricsLog
+    log: MetricsLog | NoLog
     progress: Progress
     steps: Steps
     notes: Bookkeeping
@@ -89,25 +125,35 @@ class _Session:
         """The loop itself."""
         experiment, total = self.experiment, self.experiment.total_steps
         every, start = experiment.config.train.log_every, int(state.step)
-        if experiment.config.train.eval_at_start and start == 0:
-            self._evaluate_start(state, frozen)
+        asked = experiment.config.train.eval_at_start and start == 0
+        if asked and not self._evaluate_start(state, frozen, interrupt):
+            return Outcome(None, 0, interrupt.signal)
+        if self.notes.unevaluated and not self._evaluate(start, state, frozen, interrupt):
+            return Outcome(self.notes.best, start, interrupt.signal)
         for done in range(start + 1, total + 1):
             if self._waited_enough():
                 return self._stop_early(done - 1)
             rows = experiment.material.plan.batch(done - 1)
-            batch = experiment.material.train.batch(rows)
+            batch = experiment.feed(experiment.material.train, rows)
             state, metrics = self.steps.train[rows.width](state, frozen, batch, key)
             self.window.append((metrics, experiment.material.train.examples(rows)))
+            self._keep_up()
             due = done % experiment.eval_every == 0 or done == total
-            if done % every == 0 or due or interrupt.signal:
+            stop = interrupt.signal  # read once: one that comes later finds the next step
+            if done % every == 0 or due or stop:
                 self._report(done)
             if due:
-                self._evaluate(done, state, frozen)
-            elif interrupt.signal:
+                stop = None if self._evaluate(done, state, frozen, interrupt) else interrupt.signal
+            elif stop:
                 self._save(state, None)
-            if interrupt.signal:
-                return Outcome(self.notes.best, done, interrupt.signal)
+            if stop:
+                return Outcome(self.notes.best, done, stop)
         return Outcome(self.notes.best, total)
+
+    def _keep_up(self) -> None:
+        """Waits for all steps but the two newest: the device is never idle, and a signal is answered soon."""
+        if len(self.window) > 2:
+            jax.block_until_ready(self.window[-3][0])
 
     def _waited_enough(self) -> bool:
         patience = self.experiment.config.train.patience
@@ -154,37 +200,49 @@ class _Session:
             "optim.learning_rate or more warm-up"
         )
 
-    def _evaluate_start(self, state: mj.TrainState, frozen: nnx.State) -> None:
-        """What the model scores before training; it is not among the candidates for the best."""
+    def _evaluate_start(self, state: mj.TrainState, frozen: nnx.State, interrupt: Interrupt) -> bool:
+        """What the model scores before training, no candidate for the best; False if a signal broke it off."""
         began = time.monotonic()
-        metrics = evaluate(self.experiment, self.steps.evaluate, state, frozen)
+        metrics = evaluate(self.experiment, self.steps.evaluate, state, frozen, lambda: interrupt.signal)
+        if metrics is None:
+            return False
         self.log.write(
             {"kind": "eval", "step": 0, "epoch": 0.0, **metrics, "seconds": time.monotonic() - began, "best": False}
         )
         self.progress.evaluation(0, 0.0, metrics, False)
         self.window_start = time.monotonic()
+        return True
 
-    def _evaluate(self, done: int, state: mj.TrainState, frozen: nnx.State) -> None:
-        """Evaluates, keeps the adapter if it is the best, and saves a checkpoint."""
+    def _evaluate(self, done: int, state: mj.TrainState, frozen: nnx.State, interrupt: Interrupt) -> bool:
+        """Evaluates, keeps the adapter if it is the best, and saves a checkpoint; False if a signal broke it off."""
         began = time.monotonic()
         try:
-            metrics = evaluate(self.experiment, self.steps.evaluate, state, frozen)
+            metrics = evaluate(self.experiment, self.steps.evaluate, state, frozen, lambda: interrupt.signal)
         except FloatingPointError as error:
             raise self._diverged(done, f"output ({error})") from None
-        name = self.experiment.config.metric
-        best = is_better(name, metrics[name], self.notes.best)
-        if best:
-            self.notes = dataclasses.replace(self.notes, best=metrics[name], best_step=done, waited=0)
-        else:
-            self.notes = dataclasses.replace(self.notes, waited=self.notes.waited + 1)
-        if best:
-            # Before the checkpoint: a run that is killed between the two comes here again.
-            self._keep_adapter(state)
-        self._save(state, metrics[name] if is_better(name, 1.0, 0.0) else -metrics[name])
+        if metrics is None:
+            self.notes = dataclasses.replace(self.notes, unevaluated=True)
+            self._save(state, None)
+            return False
+        best = self._take_note(done, metrics)
         seconds, epoch = time.monotonic() - began, done / self.experiment.material.plan.steps_per_epoch
+        # All before the checkpoint: a run that is killed between these comes here again.
+        if best:
+            self._keep_adapter(state)
         self.log.write({"kind": "eval", "step": done, "epoch": epoch, **metrics, "seconds": seconds, "best": best})
+        name = self.experiment.config.metric
+        self._save(state, metrics[name] if is_better(name, 1.0, 0.0) else -metrics[name])
         self.progress.evaluation(done, epoch, metrics, best)
         self.window_start = time.monotonic()
+        return True
+
+    def _take_note(self, done: int, metrics: Mapping[str, float]) -> bool:
+        """Books an evaluation; whether it is the best so far."""
+        name = self.experiment.config.metric
+        best = is_better(name, metrics[name], self.notes.best)
+        found = {"best": metrics[name], "best_step": done, "waited": 0} if best else {"waited": self.notes.waited + 1}
+        self.notes = dataclasses.replace(self.notes, unevaluated=False, **found)
+        return best
 
     def _save(self, state: mj.TrainState, score: float | None) -> None:
         self.notes = dataclasses.replace(self.notes, seconds=time.monotonic() - self.began)
@@ -192,8 +250,9 @@ class _Session:
 
     def _keep_adapter(self, state: mj.TrainState) -> None:
         # The next step donates the state's arrays, so the model gets copies.
-        nnx.update(self.experiment.model, jax.tree.map(np.array, state.trainable))
-        mj.save_adapter(self.experiment.model, self.experiment.folder / "adapter")
+        nnx.update(self.experiment.model, whole_on_host(state.trainable))
+        if is_first():
+            mj.save_adapter(self.experiment.model, self.experiment.folder / "adapter")
 
 
 def _introduce(experiment: Experiment, progress: Progress, start: int) -> None:
@@ -216,4 +275,5 @@ def exit_code(outcome: Outcome) -> int:
 def describe_stop(outcome: Outcome, folder: Path) -> str:
     """What to tell somebody whose run was interrupted."""
     name = signal.Signals(outcome.stopped_by).name if outcome.stopped_by else ""
-    return f"stopped by {name} after step {outcome.step}, which is saved; continue with: {resume_command(folder)}"
+    where = f"after step {outcome.step}, which is saved" if outcome.step else "before the first step"
+    return f"stopped by {name} {where}; continue with: {resume_command(folder)}"

@@ -32,8 +32,8 @@ class Rows(Protocol):
         """Tokens of each example, int32 [examples]."""
         ...
 
-    def batch(self, rows: Any) -> Batch:
-        """The arrays of a batch."""
+    def batch(self, rows: Any, part: slice = slice(None)) -> Batch:
+        """The arrays of a batch, or of some of its places."""
         ...
 
     def examples(self, rows: Any) -> np.ndarray:
@@ -84,8 +84,8 @@ class LabelledRows:
     def lengths(self) -> np.ndarray:
         return self.tokens.lengths
 
-    def batch(self, rows: BatchRows) -> Batch:
-        return make_batch(self.tokens, self.labels, rows.indices, rows.width, self.pad_id)
+    def batch(self, rows: BatchRows, part: slice = slice(None)) -> Batch:
+        return make_batch(self.tokens, self.labels, rows.indices, rows.width, self.pad_id, part)
 
     def examples(self, rows: BatchRows) -> np.ndarray:
         return rows.indices[rows.indices >= 0]
@@ -103,8 +103,8 @@ class TokenRows:
     def lengths(self) -> np.ndarray:
         return self.tokens.lengths
 
-    def batch(self, rows: PackedRows | BatchRows) -> Batch:
-        arrays = make_token_batch(self.tokens, rows, self.pad_id)
+    def batch(self, rows: PackedRows | BatchRows, part: slice = slice(None)) -> Batch:
+        arrays = make_token_batch(self.tokens, rows, self.pad_id, part)
         unused = ("attention_mask", *(() if self.packed else _OF_PACKED_ROWS))
         return {name: array for name, array in arrays.items() if name not in unused}
 

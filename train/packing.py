@@ -20,6 +20,11 @@ class PackedRows(NamedTuple):
     rows: tuple[tuple[int, ...], ...]
     width: int
 
+    @property
+    def places(self) -> int:
+        """Rows of the batch, those without content counted."""
+        return len(self.rows)
+
 
 class PackPlan:
     """Training batches of packed rows: step → examples of each row, a pure function of (seed, step).
@@ -88,13 +93,16 @@ def packed_eval_batches(lengths: np.ndarray, batch_size: int, width: int) -> lis
     return [_batch(rows[first : first + batch_size], batch_size, width) for first in range(0, len(rows), batch_size)]
 
 
-def make_token_batch(examples: Examples, rows: PackedRows | BatchRows, pad_id: int) -> dict[str, np.ndarray]:
+def make_token_batch(
+    examples: Examples, rows: PackedRows | BatchRows, pad_id: int, part: slice = slice(None)
+) -> dict[str, np.ndarray]:
     """The arrays of one batch: of packed rows, or of one example a row.
 
     Args:
       examples: token ids of all examples, and which of them count in the loss.
       rows: from a `PackPlan` or a `BatchPlan`; a place without a row gives one of padding alone.
       pad_id: the id that padding has.
+      part: the places to make, of those in `rows`.
 
     Returns:
       int32 [b, t]: input_ids; attention_mask, 0 at padding; segment_ids, 1, 2 … within a row and 0 at padding;
@@ -102,6 +110,7 @@ def make_token_batch(examples: Examples, rows: PackedRows | BatchRows, pad_id: i
       that next token counts in the loss, and so 0 at a segment's end and at padding.
     """
     groups = rows.rows if isinstance(rows, PackedRows) else [(row,) if row >= 0 else () for row in rows.indices]
+    groups = groups[part]
     shape = (len(groups), rows.width)
     batch: dict[str, np.ndarray] = {"weights": np.zeros(shape, np.float32)}
     batch |= {name: np.zeros(shape, np.int32) for name in ("segment_ids", "position_ids")}

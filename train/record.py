@@ -52,10 +52,16 @@ class MetricsLog:
     [{'kind': 'train', 'step': 1, 'loss': inf}]
     """
 
-    def __init__(self, folder: str | os.PathLike[str], tensorboard: bool = False, resume_step: int | None = None):
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        tensorboard: bool = False,
+        resume_step: int | None = None,
+        unevaluated: bool = False,
+    ):
         self.path = Path(folder) / FILE_NAME
         summary_writer = _summary_writer() if tensorboard else None
-        self._keep_until(resume_step)
+        self._keep_until(resume_step, unevaluated)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("ab", buffering=0)  # unbuffered: a line that fails is not tried again on close
         self._board = None
@@ -63,7 +69,7 @@ class MetricsLog:
             purge_step = None if resume_step is None else resume_step + 1
             self._board = summary_writer(str(self.path.parent / "tensorboard"), purge_step=purge_step, flush_secs=10)
 
-    def _keep_until(self, resume_step: int | None) -> None:
+    def _keep_until(self, resume_step: int | None, unevaluated: bool) -> None:
         """Drops the events after `resume_step`, and a torn last line, from an existing log."""
         if not self.path.exists():
             return
@@ -72,7 +78,9 @@ class MetricsLog:
                 f"{self.path} holds the metrics of an earlier run; continue that run with --resume, "
                 "or choose another folder"
             )
-        kept = [event for event in read_metrics(self.path.parent) if _step(event) <= resume_step]
+        until = {"eval": resume_step - 1 if unevaluated else resume_step}
+        events = read_metrics(self.path.parent)
+        kept = [event for event in events if _step(event) <= until.get(str(event["kind"]), resume_step)]
         replace_text(self.path, "".join(_line(event) for event in kept))
 
     def write(self, event: Mapping[str, Any]) -> None:
@@ -114,6 +122,21 @@ class MetricsLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class NoLog:
+    """In place of a `MetricsLog` where another process writes it."""
+
+    def write(self, event: Mapping[str, Any]) -> None:
+        """Writes nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Closes nothing."""
 
 
 def read_metrics(folder: str | os.PathLike[str]) -> list[Event]:

@@ -215,6 +215,32 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How devices share the work; all 1 is one device, and -1 in one of the three is the rest of the devices."""
+
+    data: int = 1
+    """Parts that a batch's rows are shared out to; each holds the whole base model."""
+    fsdp: int = 1
+    """The same, but the base model is shared out to them too, and gathered a layer at a time."""
+    tensor: int = 1
+    """Parts that attention heads, inner features and mini-adapters are shared out to."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """Several hosts that run the same command, one process each, and share a file system."""
+
+    cluster: Literal["none", "auto"] = "none"
+    """auto: SLURM, Open MPI or a TPU pod tells the processes of each other."""
+    coordinator: str | None = None
+    """Where no cluster tells it, host:port of process 0."""
+    processes: int | None = None
+    """How many processes there are."""
+    process: int | None = None
+    """The number of this one, from 0; give it on the command line."""
+
+
+@dataclasses.dataclass(frozen=True)
 class OutputConfig:
     """Where results go."""
 
@@ -232,4 +258,6 @@ class Sections:
     instruction: InstructionConfig = dataclasses.field(default_factory=InstructionConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     output: OutputConfig = dataclasses.field(default_factory=OutputConfig)

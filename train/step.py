@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from melora_jax import FrozenParam, TrainState
 from train.cross_entropy import chunked_cross_entropy
@@ -71,17 +72,16 @@ def make_loss(measure: Measurer) -> Callable[[Any, Batch], tuple[jax.Array, Batc
     return loss
 
 
-def make_eval_step(model: nnx.Module, measure: Measurer) -> Any:
-    """The jitted `(state, frozen, batch) -> Measure`, dropout off."""
+def make_eval_step(model: nnx.Module, measure: Measurer, mesh: Mesh | None = None) -> Any:
+    """The jitted `(state, frozen, batch) -> Measure`, dropout off; on a mesh every device has all of the measure."""
     graphdef = nnx.split(model, nnx.Param, FrozenParam, ...)[0]
 
-    @jax.jit
     def evaluate(state: TrainState, frozen: nnx.State, batch: Batch) -> Measure:
         current = nnx.merge(graphdef, state.trainable, frozen, state.host, copy=True)
         current.eval()
         return measure(current, batch)
 
-    return evaluate
+    return jax.jit(evaluate, out_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec()))
 
 
 def _outputs(model: Any, batch: Batch) -> jax.Array:

@@ -17,6 +17,7 @@ from melora_jax.models.attention import attention, padding_bias
 from melora_jax.models.encoder import Parts, checked_ids, checked_types
 from melora_jax.models.hugging_face import HuggingFaceModel
 from melora_jax.models.inputs import checked_mask, dropout_on
+from melora_jax.sharding import constrain
 
 
 class BertEmbeddings(nnx.Module):
@@ -33,7 +34,7 @@ class BertEmbeddings(nnx.Module):
         types = jnp.zeros((1, 1), jnp.int32) if token_type_ids is None else token_type_ids
         x = self.word_embeddings(input_ids) + self.token_type_embeddings(types)
         x = x + self.position_embeddings(positions(input_ids, self.config.position_pad))
-        return dropout(self.LayerNorm(x), self.config.hidden_dropout, path)
+        return dropout(self.LayerNorm(constrain(x)), self.config.hidden_dropout, path)
 
 
 def positions(input_ids: jax.Array, position_pad: int | None) -> jax.Array:
@@ -63,7 +64,7 @@ class BertSelfAttention(nnx.Module):
 
     def __call__(self, x: jax.Array, bias: jax.Array | None, path: str) -> jax.Array:
         heads = (*x.shape[:2], self.config.num_heads, -1)
-        query, key, value = (layer(x).reshape(heads) for layer in (self.query, self.key, self.value))
+        query, key, value = (constrain(layer(x).reshape(heads), 2) for layer in (self.query, self.key, self.value))
         return attention(query, key, value, bias, self.config.attention_dropout, path).reshape(x.shape)
 
 

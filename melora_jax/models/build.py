@@ -22,6 +22,8 @@ from melora_jax.models.heads import (
     RobertaForSequenceClassification,
 )
 from melora_jax.models.hugging_face import LoadReport, label_names_of, with_dtype, with_task
+from melora_jax.models.placement import lay_out
+from melora_jax.sharding import Layout
 
 Classifier: TypeAlias = (
     BertForSequenceClassification | RobertaForSequenceClassification | DistilBertForSequenceClassification
@@ -97,7 +99,13 @@ def model_from_config(
     model.name_or_path = ""
     model.folder = ""
     model.load_report = LoadReport()
+    lay_out(model, _layout_of(sizes))
     return model
+
+
+def _layout_of(sizes: EncoderConfig | DecoderConfig) -> Layout:
+    kv_heads = sizes.num_kv_heads if isinstance(sizes, DecoderConfig) else sizes.num_heads
+    return Layout(heads=sizes.num_heads, kv_heads=kv_heads)
 
 
 def sizes_of(config: Mapping[str, Any], where: str) -> EncoderConfig | DecoderConfig:

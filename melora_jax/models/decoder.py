@@ -20,6 +20,7 @@ from melora_jax.models.hugging_face import HuggingFaceModel
 from melora_jax.models.inputs import checked_mask, dropout_on, matrix_of_whole_numbers, require_below, require_shape
 from melora_jax.models.layer_types import SLIDING
 from melora_jax.models.rope import rotations
+from melora_jax.sharding import constrain
 
 REMAT = ("none", "dots", "full")
 # what the forward pass keeps of a layer for the backward pass, which computes the rest again
@@ -143,7 +144,7 @@ class DecoderModel(HuggingFaceModel):
         return ids
 
     def _embedded(self, ids: jax.Array) -> jax.Array:
-        x = self.embed_tokens(ids)
+        x = constrain(self.embed_tokens(ids))
         # Gemma was trained with the factor rounded to the dtype
         return x * jnp.asarray(self.sizes.hidden_size**0.5, x.dtype) if self.sizes.gemma else x
 

@@ -16,7 +16,10 @@ from melora_jax.models.activations import ACTIVATIONS
 from melora_jax.models.cache import written
 from melora_jax.models.causal import causal_attention
 from melora_jax.models.decoder_config import DecoderConfig
+from melora_jax.models.embedding import Table
 from melora_jax.models.rope import rotate
+from melora_jax.parallel import ParallelDot
+from melora_jax.sharding import constrain
 
 KeyValue = tuple[jax.Array, jax.Array]
 
@@ -50,13 +53,14 @@ class RMSNorm(nnx.Module):
         return (wide * (self.scale[...].astype(jnp.float32) + self.offset)).astype(x.dtype)
 
 
-class TokenEmbedding(nnx.Embed):
+class TokenEmbedding(Table):
     """An embedding whose use as the output layer gives float32 logits."""
 
     def attend(self, query: jax.Array, out_sharding: jax.P | None = None) -> jax.Array:
         """`query · embeddingᵀ`, `[..., d]` to float32 `[..., v]`."""
         query, embedding = self.promote_dtype((query, self.embedding[...]), dtype=self.dtype)
-        return jnp.dot(query, embedding.T, preferred_element_type=jnp.float32, out_sharding=out_sharding)
+        dot, axes = ParallelDot(None, self.num_embeddings), (((query.ndim - 1,), (0,)), ((), ()))
+        return dot(query, embedding.T, axes, preferred_element_type=jnp.float32, out_sharding=out_sharding)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +123,7 @@ class DecoderAttention(nnx.Module):
         self, x: jax.Array, shared: Shared, cached: KeyValue | None, path: str
     ) -> tuple[jax.Array, KeyValue | None]:
         heads = (*x.shape[:2], -1, self.sizes.head_dim)
-        query, key, value = (layer(x).reshape(heads) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        query, key, value = (constrain(layer(x).reshape(heads), 2) for layer in (self.q_proj, self.k_proj, self.v_proj))
         if self.sizes.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotate(query, shared.cos, shared.sin), rotate(key, shared.cos, shared.sin)

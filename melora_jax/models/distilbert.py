@@ -14,6 +14,7 @@ from melora_jax.models.bert import positions
 from melora_jax.models.encoder import Parts, checked_ids
 from melora_jax.models.hugging_face import HuggingFaceModel
 from melora_jax.models.inputs import checked_mask, dropout_on
+from melora_jax.sharding import constrain
 
 
 class DistilBertEmbeddings(nnx.Module):
@@ -27,7 +28,7 @@ class DistilBertEmbeddings(nnx.Module):
 
     def __call__(self, input_ids: jax.Array, path: str) -> jax.Array:
         x = self.word_embeddings(input_ids) + self.position_embeddings(positions(input_ids, None))
-        return dropout(self.LayerNorm(x), self.config.hidden_dropout, path)
+        return dropout(self.LayerNorm(constrain(x)), self.config.hidden_dropout, path)
 
 
 class DistilBertSelfAttention(nnx.Module):
@@ -43,7 +44,7 @@ class DistilBertSelfAttention(nnx.Module):
 
     def __call__(self, x: jax.Array, bias: jax.Array | None, path: str) -> jax.Array:
         heads = (*x.shape[:2], self.config.num_heads, -1)
-        query, key, value = (layer(x).reshape(heads) for layer in (self.q_lin, self.k_lin, self.v_lin))
+        query, key, value = (constrain(layer(x).reshape(heads), 2) for layer in (self.q_lin, self.k_lin, self.v_lin))
         return self.out_lin(attention(query, key, value, bias, self.config.attention_dropout, path).reshape(x.shape))
 
 

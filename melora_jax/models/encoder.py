@@ -12,6 +12,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from melora_jax.models.activations import ACTIVATIONS
+from melora_jax.models.embedding import Table
 from melora_jax.models.families import family_of
 from melora_jax.models.inputs import matrix_of_whole_numbers, require_below, require_shape
 
@@ -157,11 +158,11 @@ class Parts:
         normal = nnx.initializers.normal(self.config.initializer_range)
         return nnx.Linear(d_in, d_out, kernel_init=normal, dtype=self.dtype, param_dtype=self.dtype, rngs=self.rngs)
 
-    def embed(self, count: int) -> nnx.Embed:
+    def embed(self, count: int) -> Table:
         """A table of `count` vectors of the hidden size."""
         normal = nnx.initializers.normal(self.config.initializer_range)
         size = self.config.hidden_size
-        return nnx.Embed(count, size, embedding_init=normal, dtype=self.dtype, param_dtype=self.dtype, rngs=self.rngs)
+        return Table(count, size, embedding_init=normal, dtype=self.dtype, param_dtype=self.dtype, rngs=self.rngs)
 
     def layer_norm(self) -> nnx.LayerNorm:
         """Layer normalisation over the hidden size; its statistics are float32 whatever the dtype."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+
+Size = TypeVar("Size")
 
 _EMBEDDINGS = ("embeddings", "embed_tokens")
 _LEGACY = {"gamma": "weight", "beta": "bias"}
@@ -31,8 +33,8 @@ def torch_name(path: str) -> str:
     return ".".join([*modules, "bias" if leaf == "bias" else "weight"])
 
 
-def torch_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape in torch of the Flax variable at `path`: dense kernels `[d_in, d_out]` are stored `[d_out, d_in]`.
+def torch_shape(path: str, shape: tuple[Size, ...]) -> tuple[Size, ...]:
+    """The shape in torch, or slices, of the Flax variable at `path`: a dense `[d_in, d_out]` is stored `[d_out, d_in]`.
 
     >>> torch_shape("classifier/kernel", (384, 2))
     (2, 384)

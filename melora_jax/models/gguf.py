@@ -96,6 +96,10 @@ class GGUFTensors:
                     return unpermuted(array, self.config[heads])
         return array
 
+    def read_part(self, key: str, index: tuple[slice, ...]) -> np.ndarray:
+        """The part of tensor `key` that `index` cuts out; packed tensors are unpacked whole."""
+        return self.read(key)[index]
+
     def _named(self, name: str) -> str:
         """The Hugging Face name of a tensor."""
         stem, _, leaf = name.rpartition(".")

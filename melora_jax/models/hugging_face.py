@@ -9,6 +9,8 @@ from typing import Any
 
 from flax import nnx
 
+from melora_jax.sharding import Layout
+
 TASKS = ("sequence-classification", "regression", "encoder", "causal-lm")
 
 
@@ -82,6 +84,7 @@ class HuggingFaceModel(nnx.Module):
       name_or_path: the folder or hub id it was loaded from; "" when it was built from a configuration.
       folder: the folder the files were read from, in the hub's cache for a hub id, or the GGUF file; "" likewise.
       load_report: what was read, initialised and left out.
+      layout: how its variables lie on a mesh.
     """
 
     config: HFConfig
@@ -92,6 +95,7 @@ class HuggingFaceModel(nnx.Module):
     name_or_path: str
     folder: str
     load_report: LoadReport
+    layout: Layout
 
 
 def label_names_of(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -5,17 +5,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
 from melora_jax.models.build import DTYPES, Model, model_from_config, sizes_of
 from melora_jax.models.checkpoint import checkpoint_source, config_of, open_tensors, tensor_files
-from melora_jax.models.families import family_of, flax_from_torch, torch_name
+from melora_jax.models.families import family_of, flax_from_torch, torch_name, torch_shape
+from melora_jax.models.gguf import GGUFTensors
 from melora_jax.models.hugging_face import LoadReport
+from melora_jax.models.placement import shardings_of
 from melora_jax.models.plan import LoadPlan, Request, load_plan
+from melora_jax.sharding import put
+from melora_jax.storage import TensorFile
 
 _log = logging.getLogger("melora_jax")
 
@@ -29,6 +35,7 @@ def from_pretrained(
     dtype: str = "float32",
     remat: str = "none",
     rngs: nnx.Rngs | None = None,
+    mesh: Mesh | None = None,
 ) -> Model:
     """Loads a checkpoint from a folder, a GGUF file or the Hugging Face hub: an encoder or a decoder.
 
@@ -43,6 +50,8 @@ def from_pretrained(
       dtype: "float32" or "bfloat16", of parameters and computation alike.
       remat: what a decoder's backward pass computes again: "none", "dots" or "full".
       rngs: where a missing head is drawn from; None is `nnx.Rngs(0)`.
+      mesh: from `make_mesh`. Each process then reads of each tensor the parts that its devices hold, straight to their
+        place.
 
     Raises:
       FileNotFoundError: the folder, or a file of the checkpoint, is not there; or there is only a pickled one.
@@ -68,9 +77,11 @@ def from_pretrained(
     shapes = {path: tuple(variable.shape) for path, variable in variables_of(model).items()}
     request = Request(family=family_of(config, where), task=task, num_labels=model.num_labels, shapes=shapes)
     plan = load_plan(request, tensor_files(source), config.get("architectures") or (), source)
-    values = _read(plan, DTYPES[dtype])
-    _require_equal_copies(plan, values)
-    values |= _drawn(plan, shapes, sizes_of(config, where).initializer_range, DTYPES[dtype], rngs or nnx.Rngs(0))
+    placed = {} if mesh is None else shardings_of(model, mesh)
+    _require_equal_copies(plan, DTYPES[dtype])
+    values = _read(plan, DTYPES[dtype], shapes, placed)
+    drawn = _drawn(plan, shapes, sizes_of(config, where).initializer_range, DTYPES[dtype], rngs or nnx.Rngs(0))
+    values |= {path: put(value, placed[path]) if placed else value for path, value in drawn.items()}
     for path, variable in variables_of(model).items():
         variable.set_value(values[path])
     model.name_or_path = str(path_or_id)
@@ -93,21 +104,45 @@ def variables_of(model: nnx.Module) -> dict[str, nnx.Variable]:
     return {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(nnx.state(model))}
 
 
-def _read(plan: LoadPlan, dtype: jnp.dtype) -> dict[str, jax.Array]:
+def _read(
+    plan: LoadPlan, dtype: jnp.dtype, shapes: Mapping[str, tuple[int, ...]], placed: Mapping[str, NamedSharding]
+) -> dict[str, jax.Array]:
     values = {}
     for file in sorted({file for file, _ in plan.sources.values()}):
         with open_tensors(file) as tensors:
             for path, (held_in, key) in plan.sources.items():
-                if held_in == file:
+                if held_in != file:
+                    continue
+                if placed:
+                    values[path] = _read_parts(tensors, key, path, shapes[path], dtype, placed[path])
+                else:
                     _, array = flax_from_torch(torch_name(path), tensors.read(key))
                     values[path] = jnp.asarray(array, dtype=dtype)
     return values
 
 
-def _require_equal_copies(plan: LoadPlan, values: Mapping[str, jax.Array]) -> None:
+def _read_parts(
+    tensors: TensorFile | GGUFTensors,
+    key: str,
+    path: str,
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+    sharding: NamedSharding,
+) -> jax.Array:
+    """One variable, of which each device's part is read by itself."""
+
+    def part(index: Any) -> np.ndarray:
+        stored = tensors.read_part(key, torch_shape(path, index))
+        return np.ascontiguousarray(flax_from_torch(torch_name(path), stored)[1]).astype(dtype)
+
+    return jax.make_array_from_callback(shape, sharding, part)
+
+
+def _require_equal_copies(plan: LoadPlan, dtype: jnp.dtype) -> None:
     for path, (file, key) in plan.copies.items():
-        with open_tensors(file) as tensors:
-            equal = np.array_equal(jnp.asarray(tensors.read(key), values[path].dtype), values[path])
+        own_file, own_key = plan.sources[path]
+        with open_tensors(file) as tensors, open_tensors(own_file) as own:
+            equal = np.array_equal(tensors.read(key).astype(dtype), own.read(own_key).astype(dtype))
         if not equal:
             raise ValueError(
                 f"{key} in {file} differs from {torch_name(path)}, but config.json ties the two; set"

@@ -1,0 +1,95 @@
+"""An adapter on one device of a mesh: its mini-adapters beside that device's part of the base's product.
+
+Each mini-adapter owns a slice of the input and a slice of the output, so where n is a multiple of `tensor` a device's
+own minis read only inputs that it has and write only outputs that it has: no byte of theirs crosses `tensor`. Other
+adapters stay whole on every device and, since they are linear, add their part of the sum; of them only the gradients
+of the factors cross.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+
+from melora_jax import blocks
+from melora_jax.config import AdapterSpec, Strategy
+from melora_jax.dropout import drop, keep_mask
+from melora_jax.parallel import Beside, Form, at_own_part, own_part
+from melora_jax.sharding import TENSOR, batch_spec, mesh_of
+
+
+def why_whole(spec: AdapterSpec, tensor: int) -> str | None:
+    """Why an adapter's factors are not cut along with their kernel; None where they are.
+
+    >>> why_whole(AdapterSpec(n=3, r=(1,) * 3, alpha=(1.0,) * 3), 2)
+    'n=3 is no multiple of tensor=2'
+    """
+    if spec.mixer != "identity":
+        return f"mixer={spec.mixer!r} mixes the minis"
+    return f"n={spec.n} is no multiple of tensor={tensor}" if spec.n % tensor else None
+
+
+def factor_sharding(kernel: object, spec: AdapterSpec) -> NamedSharding | None:
+    """Where an adapter's factors lie, from where its base's kernel does; None where that is on no mesh."""
+    mesh = mesh_of(kernel)
+    if mesh is None or not isinstance(placed := getattr(kernel, "sharding", None), NamedSharding):
+        return None
+    along = TENSOR in placed.spec and why_whole(spec, mesh.shape[TENSOR]) is None
+    return NamedSharding(mesh, PartitionSpec(TENSOR) if along else PartitionSpec())
+
+
+def whole_note(kernel: object, spec: AdapterSpec) -> str | None:
+    """What to tell of an adapter that is not cut over `tensor`, with the reason; None where it is, or nothing is."""
+    mesh = mesh_of(kernel)
+    tensor = 1 if mesh is None else mesh.shape[TENSOR]
+    if tensor == 1 or not isinstance(placed := getattr(kernel, "sharding", None), NamedSharding):
+        return None
+    reason = why_whole(spec, tensor) if TENSOR in placed.spec else f"its kernel is not cut over tensor={tensor}"
+    return None if reason is None else f"factors whole on each device, as {reason}"
+
+
+def beside_base(
+    form: Form,
+    mesh: AbstractMesh,
+    x: jax.Array,
+    factors: tuple[jax.Array, jax.Array],
+    scale: np.ndarray,
+    spec: AdapterSpec,
+    strategy: Strategy,
+    path: str,
+) -> Beside:
+    """What the adapter adds on each device.
+
+    Args:
+      form: how the base's kernel is cut.
+      mesh: the mesh in force.
+      x: the layer's input `[..., d_in]`, of which the shape is used and, for the dropout mask, nothing else.
+      factors: A and B in the dtype of the computation.
+      scale: s_k, [n r].
+      spec: the adapter.
+      strategy: how its product is computed.
+      path: of its dropout.
+    """
+    cut = form != "whole" and why_whole(spec, mesh.shape[TENSOR]) is None
+
+    def add(y: jax.Array, x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, *keep: jax.Array) -> jax.Array:
+        x = own_part(x) if cut and form == "column" else x
+        x = drop(x.astype(a.dtype), keep[0], spec.dropout) if keep else x.astype(a.dtype)
+        x = at_own_part(x) if form == "row" and not cut else x
+        update = blocks.apply(x, a, b, scale, spec.mixer, strategy)
+        if form == "row" and cut:
+            update = at_own_part(update)
+        elif form == "column" and not cut:
+            update = own_part(update)
+        return y + update.astype(y.dtype)
+
+    along = PartitionSpec(TENSOR) if cut else PartitionSpec()
+    operands, specs = (*factors, jnp.asarray(scale)), (along, along, along)
+    # Drawn out here, over the whole input: which device holds what does not change a mask.
+    keep = keep_mask(x.shape, spec.dropout, path)
+    if keep is None:
+        return Beside(add, operands, specs)
+    own = TENSOR if cut or form == "row" else None
+    return Beside(add, (*operands, keep), (*specs, PartitionSpec(*batch_spec(x.shape, mesh)[:-1], own)))

@@ -1,0 +1,107 @@
+"""What is checked on eight simulated devices, one line of JSON a check.
+
+A program of its own, because the number of devices is set before jax starts::
+
+    python tests/mesh_main.py FOLDER bert:2,2,2 llama:1,1,8 ... bytes:2,2,2
+
+runs the models on the meshes, compares them with one device, and counts the bytes that layers and steps send.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from mesh_bytes import table
+from mesh_runs import HEADS, TASKS, Run, compare, train, write_checkpoints
+
+import melora_jax as mj
+from melora_jax.dropout import dropout_key, keep_mask
+from melora_jax.parallel import ParallelDot
+from melora_jax.storage import TensorFile
+
+DEVICES = 8
+
+
+@functools.cache
+def alone(folder: Path, family: str) -> Run:
+    return train(folder, family, None)
+
+
+def check_training(folder: Path, family: str, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    run = train(folder, family, mesh)
+    with TensorFile(folder / family / "model.safetensors") as file:
+        tensors = [file.read(key) for key in file.keys()]
+    stored = {layout.tobytes() for tensor in tensors for layout in (tensor, tensor.T)}
+    as_stored = {value.tobytes() for value in run.frozen.values()} <= stored
+    cut = sum("tensor" in spec for spec in run.placed.values())
+    return compare(run, alone(folder, family)) | {"as_stored": as_stored, "cut": cut}
+
+
+def check_masks(mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """A mask drawn for rows over data and fsdp and features over tensor, against that of one device."""
+
+    def draw(key: jax.Array) -> Any:
+        with dropout_key(key):
+            return keep_mask((16, 5, 48), 0.3, "layers/0/q_proj")
+
+    where = jax.sharding.NamedSharding(mesh, jax.P(("data", "fsdp"), None, "tensor"))
+    mask, other = jax.jit(draw, out_shardings=where)(jax.random.key(7)), jax.jit(draw)(jax.random.key(7))
+    return {"equal": bool(np.array_equal(mask, other)), "kept": float(np.mean(other))}
+
+
+def check_guard(folder: Path, mesh: jax.sharding.Mesh) -> dict[str, str]:
+    """What the guard says of models as they are, and of one whose row-parallel products XLA is left to partition."""
+    said = {}
+    for family, (task, labels) in TASKS.items():
+        said[family] = guarded(folder / family, family, mesh, task, labels)
+    ours, ParallelDot.product = ParallelDot.product, left_to_xla(ParallelDot.product)
+    said["left to XLA"] = guarded(folder / "llama", "llama", mesh, "causal-lm", None)
+    ParallelDot.product = ours
+    return said
+
+
+def guarded(path: Path, family: str, mesh: jax.sharding.Mesh, task: str, labels: int | None) -> str:
+    targets = {"bert": ["query"], "llama": ["q_proj"]}[family]
+    config = mj.MELoRAConfig(n=8, targets=targets, layers=[0], modules_to_save=[HEADS[family]])
+    try:
+        mj.check_mesh(path, config, mesh, task=task, num_labels=labels)
+    except ValueError as error:
+        return str(error)
+    return "equal"
+
+
+def left_to_xla(product: Any) -> Any:
+    """A dense product whose row-parallel form asks for a cut result, which XLA computes wrongly on three axes."""
+
+    def wrong(self: ParallelDot, x: jax.Array, kernel: jax.Array, *rest: Any, **options: Any) -> jax.Array:
+        if self.form(jax.sharding.get_abstract_mesh()) != "row":
+            return product(self, x, kernel, *rest, **options)
+        cut = jax.P(("data", "fsdp"), None, "tensor")
+        return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(x, cut) @ kernel, cut)
+
+    return wrong
+
+
+def main(folder: Path, checks: list[str]) -> None:
+    write_checkpoints(folder)
+    for check in checks:
+        what, _, sizes = check.partition(":")
+        mesh = mj.make_mesh(*map(int, sizes.split(",")))
+        if what == "bytes":
+            result: dict[str, Any] = table(folder, mesh)
+        elif what == "guard":
+            result = check_guard(folder, mesh)
+        else:
+            result = check_masks(mesh) if what == "masks" else check_training(folder, what, mesh)
+        print(json.dumps({"check": check, **result}), flush=True)
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+    main(Path(sys.argv[1]), sys.argv[2:])
