@@ -153,7 +153,7 @@ def describe(model: nnx.Module) -> Adaptation:
     sites = tuple(_site(path, layer) for path, layer in adapters.items())
     notes: dict[str, list[str]] = {}
     for path, layer in adapters.items():
-        if note := whole_note(layer.kernel_variable[...], layer.spec):
+        if note := whole_note(layer.kernel_variable.get_raw_value(), layer.spec):
             notes.setdefault(note, []).append(path)
     return Adaptation(
         sites=sites,
