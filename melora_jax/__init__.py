@@ -5,7 +5,7 @@ from melora_jax.config import MELoRAConfig
 from melora_jax.dropout import dropout_key
 from melora_jax.generation import Generation, NewTokens, generate, stream
 from melora_jax.layers import FrozenParam, MELoRADense, MELoRAParam
-from melora_jax.models import from_pretrained, save_pretrained
+from melora_jax.models import abstract_model, from_pretrained, save_pretrained
 from melora_jax.models.gguf_tokenizer import tokenizer_from_gguf
 from melora_jax.optim import TrainState, make_optimizer, make_train_step, train_state
 from melora_jax.surgery import Adaptation, adapt, describe, merge, unwrap
@@ -21,6 +21,7 @@ __all__ = [
     "MELoRAParam",
     "NewTokens",
     "TrainState",
+    "abstract_model",
     "adapt",
     "describe",
     "dropout_key",

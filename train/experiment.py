@@ -16,7 +16,7 @@ from train.config import RunConfig
 from train.material import Material, read_material
 from train.step import Measurer, measurer
 
-_TASKS = {"classification": "sequence-classification", "regression": "regression", "causal-lm": "causal-lm"}
+TASKS = {"classification": "sequence-classification", "regression": "regression", "causal-lm": "causal-lm"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ def prepare(config: RunConfig) -> Experiment:
     seed = jax.random.key(config.train.seed)
     model = mj.from_pretrained(
         config.model.name,
-        task=_TASKS[config.model.task],
+        task=TASKS[config.model.task],
         num_labels=material.num_labels,
         dtype=config.model.dtype,
         remat=config.model.remat,
