@@ -6,6 +6,7 @@ changed, so a model that `adapt` refuses is as it was.
 
 from __future__ import annotations
 
+import logging
 import zlib
 from typing import Any, TypeVar, overload
 
@@ -19,8 +20,11 @@ from melora_jax.graph import path_of, rewrite, walk
 from melora_jax.layers import FrozenParam, MELoRADense, MELoRAParam, freeze, thaw
 from melora_jax.matching import Plan, plan_sites
 from melora_jax.probing import check_outputs_move
+from melora_jax.quantization import QuantizedLinear
 
 CONFIG_ATTRIBUTE = "melora_config"
+
+_log = logging.getLogger("melora_jax")
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -161,7 +165,9 @@ def merge(model: M) -> M: ...
 def merge(model: nnx.Module) -> nnx.Module:
     """A new model (or layer) of plain Flax layers, with W + ΔW in place of each adapted kernel.
 
-    The sum is taken in float32 and rounded to the kernel's dtype. A kernel that was tied to an unadapted layer
+    The sum is taken in float32 and rounded to the kernel's dtype. A quantised kernel becomes a plain one of the
+    computation's dtype, with the values that training saw: what quantising rounded is not undone, and the logger
+    "melora_jax" says how many there were. A kernel that was tied to an unadapted layer
     is untied: only the adapted layer's copy changes. `model` is left as it was.
 
     Raises:
@@ -193,11 +199,27 @@ def _plain(model: nnx.Module, merged: bool) -> nnx.Module:
     if not isinstance(model, MELoRADense) and not adapters_of(model):
         config_of(model)  # a model with a trained head and no sites is fine
     require_live(model)
+    if merged:
+        _say_rounding(model)
     copy = nnx.clone(model)
     # A training step that donates the model's arrays must not delete those of the new model.
     _, _, donated = nnx.split(copy, FrozenParam, ...)
     nnx.update(copy, jax.tree.map(jnp.copy, donated))
     return _restore(copy, merged)
+
+
+def _say_rounding(model: nnx.Module) -> None:
+    """What merging a quantised base rounds."""
+    layers = [node for _, node in walk(model) if isinstance(node, QuantizedLinear)]
+    if layers:
+        _log.info(
+            "merge: %d kernels in %s become %s; their quantisation error, which training saw, stays in them, and "
+            "W + ΔW is rounded to %s",
+            len(layers),
+            layers[0].qtype,
+            layers[0].dtype.name,
+            layers[0].dtype.name,
+        )
 
 
 def _restore(model: nnx.Module, merged: bool) -> nnx.Module:
@@ -207,6 +229,8 @@ def _restore(model: nnx.Module, merged: bool) -> nnx.Module:
     def swap_layer(path: Any, node: Any) -> Any:
         if isinstance(node, MELoRADense) and id(node) not in plain:
             plain[id(node)] = _merged_layer(node) if merged else node.base
+        elif merged and isinstance(node, QuantizedLinear) and id(node) not in plain:
+            plain[id(node)] = node.dequantized()
         return plain.get(id(node), node)
 
     def swap_variable(path: Any, node: Any) -> Any:
@@ -221,7 +245,8 @@ def _restore(model: nnx.Module, merged: bool) -> nnx.Module:
 
 
 def _merged_layer(layer: MELoRADense) -> nnx.Module:
-    name = layer.view.kernel_name
-    old = getattr(layer.base, name)
-    setattr(layer.base, name, type(old).from_metadata(layer.merged(), old.get_metadata()))
-    return layer.base
+    name, kernel = layer.view.kernel_name, layer.merged()
+    base = layer.base.dequantized() if isinstance(layer.base, QuantizedLinear) else layer.base
+    old = getattr(base, name)
+    setattr(base, name, type(old).from_metadata(kernel, old.get_metadata()))
+    return base

@@ -64,6 +64,8 @@ def prepare(config: RunConfig) -> Experiment:
         rngs=nnx.Rngs(jax.random.fold_in(seed, 0)),
     )
     _check_fit(model, config, material)
+    if config.model.quantize:
+        mj.quantize(model, config.model.quantize)
     adaptation = mj.adapt(model, config.melora, rngs=nnx.Rngs(jax.random.fold_in(seed, 1)))
     schedule, tx = _optimizer(model, config, _total_steps(config, material))
     measure = measurer(config.model.task, config.instruction.chunk)

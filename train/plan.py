@@ -150,6 +150,8 @@ def _abstract_model(config: RunConfig) -> Any:
     names = config.data.label_names
 
     def adapted(model: Any) -> Any:
+        if config.model.quantize:
+            mj.quantize(model, config.model.quantize)
         mj.adapt(model, config.melora, rngs=nnx.Rngs(0))
         return model
 
@@ -225,6 +227,8 @@ def _remedies(config: RunConfig, found: Plan) -> list[str]:
     remedies = []
     if config.model.dtype == "float32":
         remedies.append("halve base and activations with --model.dtype bfloat16")
+    if config.model.quantize is None:
+        remedies.append("hold the base in 4 bits with --model.quantize nf4")
     if config.model.task == "causal-lm" and config.model.remat != "full":
         remedies.append("keep only each layer's input with --model.remat full")
     if config.train.batch_size > config.train.accumulate:

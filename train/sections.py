@@ -67,6 +67,8 @@ class ModelConfig:
     """Dtype of the model's computation; adapters and optimizer state stay float32."""
     remat: Literal["none", "dots", "full"] = "none"
     """What a decoder's backward pass computes again, to save memory: nothing, all but products, or whole layers."""
+    quantize: Literal["int8", "nf4"] | None = None
+    """Hold the frozen kernels of the layers in 8 or 4 bits; adapters are trained in float32 on top."""
 
 
 @dataclasses.dataclass(frozen=True)

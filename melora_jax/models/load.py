@@ -98,7 +98,8 @@ def abstract_model(
       ValueError: the model is not supported, or labels contradict each other.
 
     >>> import json, tempfile
-    >>> sizes = dict(vocab_size=11, hidden_size=6, num_hidden_layers=1, num_attention_heads=2, intermediate_size=7)
+    >>> sizes = dict(vocab_size=11, hidden_size=6, num_hidden_layers=1, num_attention_heads=3, intermediate_size=7,
+    ...              max_position_embeddings=13)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     _ = Path(folder, "config.json").write_text(json.dumps({"model_type": "llama", **sizes}))
     ...     abstract_model(folder, task="causal-lm").model.norm.scale.shape
