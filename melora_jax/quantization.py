@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import logging
 import re
 from typing import Any, Literal
@@ -64,7 +65,7 @@ class QuantizedLinear(nnx.Module):
         self.bias = layer.bias
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = _product(x.astype(self.dtype), self.codes[...], self.scale[...], self.qtype)
+        y: Any = _product(x.astype(self.dtype), self.codes[...], self.scale[...], self.qtype)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
     @property
@@ -156,11 +157,11 @@ def _dequantized(codes: jax.Array, scale: jax.Array, qtype: QType) -> jax.Array:
 
 
 def _qwix() -> Any:
+    # Optional, so types are checked without it.
     try:
-        import qwix
+        return importlib.import_module("qwix")
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('quantising needs qwix; run: pip install "melora_jax[quant]"') from error
-    return qwix
+        raise ModuleNotFoundError("quantising needs qwix; install it: pip install 'melora_jax[quant]'") from error
 
 
 def _bytes(array: jax.Array) -> int:

@@ -224,19 +224,21 @@ def _say_rounding(model: nnx.Module) -> None:
 
 def _restore(model: nnx.Module, merged: bool) -> nnx.Module:
     """Takes the adapters out again, in place, and thaws the base."""
-    plain: dict[int, Any] = {}
+    # Two tables: a replaced layer may be freed, and an object of the second pass have its id.
+    layers: dict[int, Any] = {}
+    variables: dict[int, Any] = {}
 
     def swap_layer(path: Any, node: Any) -> Any:
-        if isinstance(node, MELoRADense) and id(node) not in plain:
-            plain[id(node)] = _merged_layer(node) if merged else node.base
-        elif merged and isinstance(node, QuantizedLinear) and id(node) not in plain:
-            plain[id(node)] = node.dequantized()
-        return plain.get(id(node), node)
+        if isinstance(node, MELoRADense) and id(node) not in layers:
+            layers[id(node)] = _merged_layer(node) if merged else node.base
+        elif merged and isinstance(node, QuantizedLinear) and id(node) not in layers:
+            layers[id(node)] = node.dequantized()
+        return layers.get(id(node), node)
 
     def swap_variable(path: Any, node: Any) -> Any:
-        if isinstance(node, FrozenParam) and id(node) not in plain:
-            plain[id(node)] = thaw(node)
-        return plain.get(id(node), node)
+        if isinstance(node, FrozenParam) and id(node) not in variables:
+            variables[id(node)] = thaw(node)
+        return variables.get(id(node), node)
 
     model = rewrite(rewrite(model, swap_layer), swap_variable)
     if hasattr(model, CONFIG_ATTRIBUTE):

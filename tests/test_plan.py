@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -97,17 +98,16 @@ def test_a_mesh_divides_by_its_rules(tmp_path):
     ("program", "kept"),
     [
         (lambda x: x @ x, 400),
-        (lambda x: jnp.tanh(x @ x) + 1, 800),  # the product, and the result beside it
+        (lambda x: jnp.tanh(x @ x) + 1, 400),  # in the product's own place
         (lambda x: jnp.sin(x) * jnp.sin(x + 1), 400),  # fused into one pass
         (lambda x: jax.lax.scan(lambda carry, _: (carry @ x, None), x, length=7)[0], 800),
-        (lambda x: jax.lax.cond(x[0, 0] > 0, lambda: x @ x @ x, lambda: x), 405),
+        (lambda x: (x @ x).T @ x + (x @ x).sum(), 804),
         (lambda x: jax.jit(lambda y: (y @ y) @ y)(x), 800),
     ],
 )
 def test_peaks_of_small_programs(program, kept):
     x = jax.ShapeDtypeStruct((10, 10), jnp.float32)
-    found = peak_bytes(jax.make_jaxpr(program)(x))
-    assert kept <= found <= kept + 810 if "cond" in program.__code__.co_names else found == kept
+    assert peak_bytes(jax.make_jaxpr(program)(x)) == kept
 
 
 def test_devices_and_rows_that_do_not_fit():
@@ -130,8 +130,8 @@ def test_the_command_says_what_fits_and_what_to_change(tmp_path, capsys):
     )
     assert main(["plan", str(recipe), "--device", "v5e-8", "v5p-8"]) == 1
     out = capsys.readouterr().out
-    assert "fits           no    yes" in out
-    assert "v5e-8: does not fit; take more devices" in out
+    assert re.search(r"fits +no +yes", out)
+    assert "v5e-8: does not fit; " in out
     assert "--model.dtype bfloat16" in out
     assert main(["plan", str(recipe), "--device", "v5p-8", "--tensor", "3"]) == 2
     assert "--tensor 3 do not divide 8 x v5p" in capsys.readouterr().err

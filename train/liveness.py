@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -42,6 +42,9 @@ class _Operation:
     inner: int = 0
 
 
+Readers: TypeAlias = dict[int, list[_Operation]]
+
+
 @dataclasses.dataclass
 class _Program:
     """A jaxpr with its calls put in place: operations in order, and the bytes of each value; 0 for the inputs."""
@@ -72,7 +75,7 @@ def peak_bytes(closed: ClosedJaxpr, size: Size = lambda aval: bytes_of(aval)) ->
 def bytes_of(aval: Any) -> int:
     """Bytes of an abstract array; a random key counts its words."""
     dtype = aval.dtype
-    if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+    if jax.numpy.issubdtype(dtype, jax.dtypes.prng_key):
         return int(np.prod(aval.shape, dtype=np.int64)) * 16
     bits = jax.numpy.iinfo(dtype).bits if jax.numpy.issubdtype(dtype, np.integer) else 8 * dtype.itemsize
     return -(-int(np.prod(aval.shape, dtype=np.int64)) * bits // 8)
@@ -153,14 +156,17 @@ def _sources(program: _Program, results: Sequence[int]) -> list[tuple[int, ...]]
         for place, value in enumerate(operation.makes):
             if operation.name in _VIEWS:
                 source[value] = source[operation.reads[place]]
-            elif value not in returned and _is_fused(operation, readers.get(value, [])):
-                source[value] = below
+            elif value not in returned and _is_fused(operation, readers):
+                # What several read is rather stored, if what it is made of takes more room.
+                several = len(readers.get(value, [])) > 1 and not _is_recast(operation, readers)
+                room = sum(program.sizes[root] for root in below)
+                source[value] = (value,) if several and room > program.sizes[value] else below
     return source
 
 
-def _readers(program: _Program) -> dict[int, list[_Operation]]:
+def _readers(program: _Program) -> Readers:
     """The operations that read each value, also under another shape."""
-    readers: dict[int, list[_Operation]] = {}
+    readers: Readers = {}
     for operation in reversed(program.operations):
         for place, value in enumerate(operation.reads):
             seen = readers.get(operation.makes[place], []) if operation.name in _VIEWS else [operation]
@@ -168,8 +174,18 @@ def _readers(program: _Program) -> dict[int, list[_Operation]]:
     return readers
 
 
-def _is_fused(operation: _Operation, readers: list[_Operation]) -> bool:
+def _is_fused(operation: _Operation, readers: Readers) -> bool:
     """Whether a result is made inside what reads it and never stored."""
-    if operation.name not in _FUSED or (operation.name in _COSTLY and len(readers) > 1):
+    inside = readers.get(operation.makes[0], [])
+    if operation.name not in _FUSED or (operation.name in _COSTLY and len(inside) > 1):
         return False
-    return all(reader.name in _FUSED or reader.name.startswith("reduce") for reader in readers)
+    products = _is_recast(operation, readers)
+    return all(
+        reader.name in _FUSED or reader.name.startswith("reduce") or (products and reader.name == "dot_general")
+        for reader in inside
+    )
+
+
+def _is_recast(operation: _Operation, readers: Readers) -> bool:
+    """Whether it gives another dtype to what is kept anyway for others: products read that, and recast it themselves."""
+    return operation.name == "convert_element_type" and len(readers.get(operation.reads[0], [])) > 1
