@@ -94,8 +94,8 @@ def quantize(model: nnx.Module, qtype: QType) -> Quantization:
       qtype: "int8" (8 bits a weight and a scale an output) or "nf4" (4 bits a weight and a scale for 64).
 
     Raises:
-      ValueError: the type is unknown, the model has no such layers, or it was quantised or adapted before.
-      ModuleNotFoundError: qwix is not installed.
+      ValueError: the type is unknown, the model has no such layers, or it was quantised or adapted before; or qwix is
+        not installed.
 
     >>> model = nnx.List([nnx.Linear(128, 24, rngs=nnx.Rngs(0))])
     >>> print(quantize(nnx.Sequential(*model), "nf4"))
@@ -161,7 +161,7 @@ def _qwix() -> Any:
     try:
         return importlib.import_module("qwix")
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("quantising needs qwix; install it: pip install 'melora_jax[quant]'") from error
+        raise ValueError("quantising needs qwix; install it: pip install 'melora_jax[quant]'") from error
 
 
 def _bytes(array: jax.Array) -> int:

@@ -187,5 +187,5 @@ def _is_fused(operation: _Operation, readers: Readers) -> bool:
 
 
 def _is_recast(operation: _Operation, readers: Readers) -> bool:
-    """Whether it gives another dtype to what is kept anyway for others: products read that, and recast it themselves."""
+    """Whether it gives another dtype to what is kept anyway for others: products read that, and recast it."""
     return operation.name == "convert_element_type" and len(readers.get(operation.reads[0], [])) > 1
