@@ -6,9 +6,10 @@ from melora_jax.dropout import dropout_key
 from melora_jax.generation import Generation, NewTokens, generate, stream
 from melora_jax.guard import check_mesh
 from melora_jax.layers import FrozenParam, MELoRADense, MELoRAParam
-from melora_jax.models import from_pretrained, save_pretrained
+from melora_jax.models import abstract_model, from_pretrained, save_pretrained
 from melora_jax.models.gguf_tokenizer import tokenizer_from_gguf
 from melora_jax.optim import TrainState, make_optimizer, make_train_step, train_state
+from melora_jax.quantization import Quantization, quantize
 from melora_jax.sharding import batch_sharding, make_mesh
 from melora_jax.stacking import Stacking, stack_layers, unstack_layers
 from melora_jax.surgery import Adaptation, adapt, describe, merge, unwrap
@@ -23,8 +24,10 @@ __all__ = [
     "MELoRADense",
     "MELoRAParam",
     "NewTokens",
+    "Quantization",
     "Stacking",
     "TrainState",
+    "abstract_model",
     "adapt",
     "batch_sharding",
     "check_mesh",
@@ -38,6 +41,7 @@ __all__ = [
     "make_optimizer",
     "make_train_step",
     "merge",
+    "quantize",
     "save_adapter",
     "save_pretrained",
     "spectra",

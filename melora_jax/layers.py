@@ -26,6 +26,7 @@ from jax.sharding import AbstractMesh
 from melora_jax import blocks, checks
 from melora_jax.config import AdapterSpec, Init, Mixer, Scaling, Strategy
 from melora_jax.parallel import ParallelDot
+from melora_jax.quantization import QuantizedLinear
 from melora_jax.sharding import active_mesh
 from melora_jax.slices import beside_base
 from melora_jax.update import attend_update, in_dtype_of, merged_kernel, update_of
@@ -132,8 +133,8 @@ class MELoRADense(nnx.Module):
 
     @property
     def kernel_variable(self) -> nnx.Variable:
-        """The base's kernel (an Embed's is its table)."""
-        return getattr(self.base, self.view.kernel_name)
+        """The base's kernel: an Embed's is its table, and the codes stand for one that is quantised."""
+        return self.base.codes if isinstance(self.base, QuantizedLinear) else getattr(self.base, self.view.kernel_name)
 
     @property
     def scale(self) -> np.ndarray:
@@ -185,7 +186,9 @@ class MELoRADense(nnx.Module):
 
     def merged(self) -> jax.Array:
         """W + ΔW in the base kernel's layout and dtype, summed in float32 at least."""
-        return merged_kernel(self.spec, self.view, self.kernel_variable[...], self.a[...], self.b[...])
+        return merged_kernel(
+            self.spec, self.view, getattr(self.base, self.view.kernel_name)[...], self.a[...], self.b[...]
+        )
 
     # Hosts read these off a layer; they see the base's. A host that computes with `kernel` itself, instead of
     # calling the layer, bypasses the adapter: `adapt(..., probe=...)` finds that.

@@ -10,9 +10,10 @@ from flax import nnx
 from melora_jax.config import AdapterSpec, MELoRAConfig
 from melora_jax.graph import children, path_of, walk
 from melora_jax.layers import FrozenParam, MELoRADense, checked_view
+from melora_jax.quantization import QuantizedLinear
 from melora_jax.selection import NamedModule, modules_to_save, require_patterns, select, spec_of
 
-LINEAR = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
+LINEAR = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, QuantizedLinear)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,7 @@ def plan_sites(model: nnx.Module, config: MELoRAConfig) -> Plan:
     _require_host(model)
     modules = _modules_of(model)
     saved = modules_to_save(modules, config)
+    _refuse_quantized(saved)
     saved_variables = _variables_under([module.node for module in saved])
     _refuse_shared(model, saved_variables, {id(module.node) for module in saved})
     inside_saved = {id(node) for module in saved for _, node in walk(module.node)}
@@ -100,6 +102,17 @@ def _planned(module: NamedModule, config: MELoRAConfig) -> PlannedSite:
 
 def _variables_under(nodes: list[nnx.Module]) -> set[int]:
     return {id(node) for root in nodes for _, node in walk(root) if isinstance(node, nnx.Param)}
+
+
+def _refuse_quantized(saved: list[NamedModule]) -> None:
+    for module in saved:
+        for path, node in walk(module.node):
+            if isinstance(node, QuantizedLinear):
+                where = "/".join(filter(None, (module.paths[0], path_of(path))))
+                raise ValueError(
+                    f"modules_to_save would train {where}, which is quantised to {node.qtype}; take it out of "
+                    "modules_to_save, or load the model without quantising it"
+                )
 
 
 def _refuse_shared(model: nnx.Module, saved: set[int], saved_modules: set[int]) -> None:

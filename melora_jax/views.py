@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from melora_jax.quantization import QuantizedLinear
+
 
 @dataclasses.dataclass(frozen=True)
 class DenseView:
@@ -72,7 +74,7 @@ def view_of(layer: nnx.Module) -> DenseView:
     >>> view.d_in, view.d_out
     (6, 10)
     """
-    if isinstance(layer, nnx.Linear):
+    if isinstance(layer, nnx.Linear | QuantizedLinear):
         return DenseView(layer.in_features, layer.out_features, out_shape=(layer.out_features,))
     if isinstance(layer, nnx.Embed):
         return view_of_table(layer.num_embeddings, layer.features)

@@ -21,6 +21,7 @@ USAGE = """usage: python -m train COMMAND ...
   demo [--help]                                          compare head only, LoRA and MELoRA on real movie reviews
   demo-chat [--help]                                     tune a small chat model by LoRA and MELoRA; see it answer
   report FOLDER                                          write FOLDER/report.html again
+  plan RECIPE.toml --device v5e-8 [...]                  say whether a run fits into memory, from shapes alone
   crash-test RECIPE.toml [--kills 30]                    kill a run at random moments, resume it, compare the ends
   bench [--help]                                         time MELoRA and LoRA against the frozen model
 
@@ -100,6 +101,13 @@ def command_bench(words: Sequence[str]) -> int:
     return bench(words)
 
 
+def command_plan(words: Sequence[str]) -> int:
+    """The memory of a run, before it is made."""
+    from train.plan import plan
+
+    return plan(words)
+
+
 def command_crash_test(words: Sequence[str]) -> int:
     """A run killed at random moments, against one left alone."""
     from train.crashes import crash_test
@@ -114,6 +122,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "demo-chat": command_demo_chat,
     "report": command_report,
     "bench": command_bench,
+    "plan": command_plan,
     "crash-test": command_crash_test,
 }
 

@@ -19,7 +19,7 @@ from train.hosts import require_equal
 from train.material import Material, read_material
 from train.step import Measurer, measurer
 
-_TASKS = {"classification": "sequence-classification", "regression": "regression", "causal-lm": "causal-lm"}
+TASKS = {"classification": "sequence-classification", "regression": "regression", "causal-lm": "causal-lm"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ def prepare(config: RunConfig) -> Experiment:
     mesh = _mesh(config)
     material = read_material(config)
     require_equal({"the data": _digest(material)}, "give every host the same files")
-    task = _TASKS[config.model.task]
+    task = TASKS[config.model.task]
     if mesh is not None:
         mj.check_mesh(config.model.name, config.melora, mesh, task=task, num_labels=material.num_labels)
     seed = jax.random.key(config.train.seed)
@@ -75,6 +75,8 @@ def prepare(config: RunConfig) -> Experiment:
         mesh=mesh,
     )
     _check_fit(model, config, material)
+    if config.model.quantize:
+        mj.quantize(model, config.model.quantize)
     adaptation = mj.adapt(model, config.melora, rngs=nnx.Rngs(jax.random.fold_in(seed, 1)))
     if config.model.stack_layers:
         material = dataclasses.replace(material, notes=(*material.notes, str(mj.stack_layers(model))))

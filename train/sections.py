@@ -69,6 +69,8 @@ class ModelConfig:
     """What a decoder's backward pass computes again, to save memory: nothing, all but products, or whole layers."""
     stack_layers: bool = False
     """Run equal layers as one scan: a deep model compiles in the time of a shallow one."""
+    quantize: Literal["int8", "nf4"] | None = None
+    """Hold the frozen kernels of the layers in 8 or 4 bits; adapters are trained in float32 on top."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from melora_jax.models.build import Model, model_from_config
 from melora_jax.models.hugging_face import HFConfig, HuggingFaceModel, LoadReport
-from melora_jax.models.load import from_pretrained
+from melora_jax.models.load import abstract_model, from_pretrained
 from melora_jax.models.save import save_pretrained
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "HuggingFaceModel",
     "LoadReport",
     "Model",
+    "abstract_model",
     "from_pretrained",
     "model_from_config",
     "save_pretrained",

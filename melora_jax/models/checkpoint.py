@@ -25,15 +25,17 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "chat_template.jinja",
 )
+_FURTHER_FILES = (GENERATION_CONFIG, "*.safetensors", INDEX, *TOKENIZER_FILES)
 
 
-def checkpoint_source(path_or_id: str | Path) -> Path:
+def checkpoint_source(path_or_id: str | Path, weights: bool = True) -> Path:
     """The local folder, or GGUF file, of a checkpoint; one that is not local is fetched from the hub into its cache.
 
     Only the configuration, safetensors and tokenizer files are fetched: nothing that could run code.
 
     Args:
       path_or_id: a folder, a GGUF file, or a hub id such as "roberta-base" or "org/name".
+      weights: fetch the weights and the tokenizer too, not config.json alone.
 
     Raises:
       FileNotFoundError: there is no such folder, and the hub cannot be reached or does not have it.
@@ -46,17 +48,17 @@ def checkpoint_source(path_or_id: str | Path) -> Path:
     is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(path_or_id)) is not None
     if isinstance(path_or_id, Path) or not is_id or is_gguf(folder):
         raise FileNotFoundError(f"there is no folder {folder}; check its name, or give a hub id such as org/name")
-    return _from_hub(path_or_id)
+    return _from_hub(path_or_id, ["config.json", *(_FURTHER_FILES if weights else ())])
 
 
-def _from_hub(repo_id: str) -> Path:
+def _from_hub(repo_id: str, names: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
         fetched = snapshot_download(
             repo_id,
-            allow_patterns=["config.json", GENERATION_CONFIG, "*.safetensors", INDEX, *TOKENIZER_FILES],
+            allow_patterns=names,
             ignore_patterns=["*/*"],
         )
     except (OSError, HFValidationError) as error:

@@ -69,11 +69,7 @@ def from_pretrained(
     """
     source = checkpoint_source(path_or_id)
     config, where = config_of(source)
-    model = nnx.eval_shape(
-        lambda: model_from_config(
-            config, task=task, num_labels=num_labels, label_names=label_names, dtype=dtype, remat=remat, where=where
-        )
-    )
+    model = abstract_model(source, task=task, num_labels=num_labels, label_names=label_names, dtype=dtype, remat=remat)
     shapes = {path: tuple(variable.shape) for path, variable in variables_of(model).items()}
     request = Request(family=family_of(config, where), task=task, num_labels=model.num_labels, shapes=shapes)
     plan = load_plan(request, tensor_files(source), config.get("architectures") or (), source)
@@ -93,6 +89,39 @@ def from_pretrained(
     )
     _say(model.load_report, source)
     return model
+
+
+def abstract_model(
+    path_or_id: str | Path,
+    *,
+    task: str = "sequence-classification",
+    num_labels: int | None = None,
+    label_names: Sequence[str] | None = None,
+    dtype: str = "float32",
+    remat: str = "none",
+) -> Model:
+    """The model of a checkpoint with shapes in place of arrays; of its files only config.json is read, or fetched.
+
+    Arguments are those of `from_pretrained`.
+
+    Raises:
+      FileNotFoundError: there is no config.json.
+      ValueError: the model is not supported, or labels contradict each other.
+
+    >>> import json, tempfile
+    >>> sizes = dict(vocab_size=11, hidden_size=6, num_hidden_layers=1, num_attention_heads=3, intermediate_size=7,
+    ...              max_position_embeddings=13)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "config.json").write_text(json.dumps({"model_type": "llama", **sizes}))
+    ...     abstract_model(folder, task="causal-lm").model.norm.scale.shape
+    (6,)
+    """
+    config, where = config_of(checkpoint_source(path_or_id, weights=False))
+    return nnx.eval_shape(
+        lambda: model_from_config(
+            config, task=task, num_labels=num_labels, label_names=label_names, dtype=dtype, remat=remat, where=where
+        )
+    )
 
 
 def variables_of(model: nnx.Module) -> dict[str, nnx.Variable]:
