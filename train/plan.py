@@ -76,7 +76,9 @@ def plan(words: Sequence[str]) -> int:
     )
     config = from_toml(options.recipe, overrides)
     kinds = [devices_from_name(name) for name in options.device]
-    plans = [plan_run(config, _shares(devices, options)) for devices in kinds]
+    meshes = [_shares(devices, options) for devices in kinds]
+    found = {mesh: plan_run(config, mesh) for mesh in dict.fromkeys(meshes)}
+    plans = [found[mesh] for mesh in meshes]
     console = Console()
     console.print(_describe(config), highlight=False, soft_wrap=True)
     console.print(_table(options.device, kinds, plans))
