@@ -17,6 +17,8 @@ from typing import Any
 
 import jax
 import numpy as np
+import tiny_run
+from flax import nnx
 from mesh_bytes import table
 from mesh_runs import HEADS, TASKS, Run, compare, train, write_checkpoints
 
@@ -24,6 +26,8 @@ import melora_jax as mj
 from melora_jax.dropout import dropout_key, keep_mask
 from melora_jax.parallel import ParallelDot
 from melora_jax.storage import TensorFile
+from train.config import from_toml
+from train.experiment import prepare
 
 DEVICES = 8
 
@@ -66,6 +70,21 @@ def check_guard(folder: Path, mesh: jax.sharding.Mesh) -> dict[str, str]:
     return said
 
 
+def check_refusals(folder: Path, mesh: jax.sharding.Mesh) -> dict[str, str]:
+    """What is said of batches that don't share out, of a mesh that is too small, and of minis that stay whole."""
+    recipe, said = tiny_run.recipe(tiny_run.make_material(folder / "app")), {}
+    sizes = [word for name in mesh.axis_names for word in (f"--mesh.{name}", str(mesh.shape[name]))]
+    for key in ("batch_size", "eval_batch_size"):
+        try:
+            prepare(from_toml(recipe, [*sizes, f"--train.{key}", "6"]))
+        except ValueError as error:
+            said[key] = str(error)
+    model = mj.from_pretrained(folder / "llama", task="causal-lm", mesh=mesh)
+    config = mj.MELoRAConfig(n=8, targets=["q_proj", "v_proj", "o_proj"], n_pattern={"o_proj": 3, "v_proj": 4})
+    said["whole"] = str(mj.adapt(model, config, rngs=nnx.Rngs(0))).partition("frozen\n")[2]
+    return said
+
+
 def guarded(path: Path, family: str, mesh: jax.sharding.Mesh, task: str, labels: int | None) -> str:
     targets = {"bert": ["query"], "llama": ["q_proj"]}[family]
     config = mj.MELoRAConfig(n=8, targets=targets, layers=[0], modules_to_save=[HEADS[family]])
@@ -95,10 +114,12 @@ def main(folder: Path, checks: list[str]) -> None:
         mesh = mj.make_mesh(*map(int, sizes.split(",")))
         if what == "bytes":
             result: dict[str, Any] = table(folder, mesh)
+        elif what == "masks":
+            result = check_masks(mesh)
         elif what == "guard":
             result = check_guard(folder, mesh)
         else:
-            result = check_masks(mesh) if what == "masks" else check_training(folder, what, mesh)
+            result = check_refusals(folder, mesh) if what == "refusals" else check_training(folder, what, mesh)
         print(json.dumps({"check": check, **result}), flush=True)
 
 

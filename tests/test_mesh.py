@@ -32,7 +32,9 @@ def run_checks(folder: Path, *checks: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run_checks(tmp_path_factory.mktemp("mesh"), *SOME, "masks:2,2,2", "bytes:2,2,2", "guard:2,2,2")
+    return run_checks(
+        tmp_path_factory.mktemp("mesh"), *SOME, "masks:2,2,2", "bytes:2,2,2", "guard:2,2,2", "refusals:4,1,2"
+    )
 
 
 def check_equal(result: dict[str, Any]) -> None:
@@ -68,6 +70,16 @@ def test_the_guard_passes_our_layers_and_names_the_one_that_xla_miscompiles(resu
     said = results["guard:2,2,2"]
     assert (said["bert"], said["llama"]) == ("equal", "equal")
     assert "data=2, fsdp=2, tensor=2 model/layers/0/self_attn/o_proj gives other values" in said["left to XLA"]
+
+
+def test_what_does_not_fit_a_mesh_is_said(results: dict[str, Any]) -> None:
+    said = results["refusals:4,1,2"]
+    for key in ("batch_size", "eval_batch_size"):
+        assert said[key] == (
+            f"train.{key}=6 rows can't be shared out evenly to mesh.data × mesh.fsdp = 4; choose a multiple of 4"
+        )
+    note = "model/layers/0/self_attn/o_proj: factors whole on each device, as n=3 is no multiple of tensor=2"
+    assert said["whole"] == note
 
 
 @pytest.mark.parametrize("form", ["column", "row"])
