@@ -20,7 +20,7 @@ import numpy as np
 import tiny_run
 from flax import nnx
 from mesh_bytes import table
-from mesh_runs import HEADS, TASKS, Run, compare, train, write_checkpoints
+from mesh_runs import HEADS, TASKS, WHOLE, Run, compare, train, write_checkpoints
 
 import melora_jax as mj
 from melora_jax.dropout import dropout_key, keep_mask
@@ -35,6 +35,12 @@ DEVICES = 8
 @functools.cache
 def alone(folder: Path, family: str) -> Run:
     return train(folder, family, None)
+
+
+def check_whole(folder: Path, family: str, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Full fine-tuning: every variable is trained."""
+    changes = WHOLE | {"modules_to_save": {"bert": ["bert", "classifier"], "llama": ["model", "lm_head"]}[family]}
+    return compare(train(folder, family, mesh, **changes), train(folder, family, None, **changes))
 
 
 def check_training(folder: Path, family: str, mesh: jax.sharding.Mesh) -> dict[str, Any]:
@@ -114,6 +120,8 @@ def main(folder: Path, checks: list[str]) -> None:
         mesh = mj.make_mesh(*map(int, sizes.split(",")))
         if what == "bytes":
             result: dict[str, Any] = table(folder, mesh)
+        elif what.startswith("whole-"):
+            result = check_whole(folder, what.removeprefix("whole-"), mesh)
         elif what == "masks":
             result = check_masks(mesh)
         elif what == "guard":

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOME = ["bert:2,2,2", "bert:8,1,1", "llama:2,2,2", "llama:1,1,8"]
 REST = [f"{family}:{sizes}" for family in ("bert", "llama") for sizes in ("1,8,1", "4,2,1", "2,1,4", "1,2,4")]
 REST += ["bert:1,1,8", "llama:8,1,1"]
+WHOLE = ["whole-bert:2,2,2", "whole-llama:2,2,2"]
 # Tests compare two compilations of the same sums; neither has to be fast.
 FLAGS = "--xla_backend_optimization_level=0"
 
@@ -48,6 +49,13 @@ def check_equal(result: dict[str, Any]) -> None:
 @pytest.mark.parametrize("check", SOME)
 def test_a_mesh_trains_as_one_device_does(results: dict[str, Any], check: str) -> None:
     check_equal(results[check])
+
+
+@pytest.mark.slow
+def test_full_fine_tuning_does_too(tmp_path: Path) -> None:
+    for result in run_checks(tmp_path, *WHOLE).values():
+        assert result["losses"] < 1e-5
+        assert result["state"] < 1e-5, result["at"]
 
 
 @pytest.mark.slow
