@@ -78,11 +78,14 @@ def check_guard(folder: Path, mesh: jax.sharding.Mesh) -> dict[str, str]:
 
 def check_refusals(folder: Path, mesh: jax.sharding.Mesh) -> dict[str, str]:
     """What is said of batches that don't share out, of a mesh that is too small, and of minis that stay whole."""
-    recipe, said = tiny_run.recipe(tiny_run.make_material(folder / "app")), {}
+    shared = tiny_run.SIZES | {"num_attention_heads": 2, "intermediate_size": 18}
+    recipe, said = tiny_run.recipe(tiny_run.make_material(folder / "app", shared)), {}
     sizes = [word for name in mesh.axis_names for word in (f"--mesh.{name}", str(mesh.shape[name]))]
-    for key in ("batch_size", "eval_batch_size"):
+    refused = {key: [f"--train.{key}", "6"] for key in ("batch_size", "eval_batch_size")}
+    refused["whole_factors"] = ["--mesh.whole_factors", "error", "--adapter.targets", "dense"]
+    for key, words in refused.items():
         try:
-            prepare(from_toml(recipe, [*sizes, f"--train.{key}", "6"]))
+            prepare(from_toml(recipe, [*sizes, *words]))
         except ValueError as error:
             said[key] = str(error)
     model = mj.from_pretrained(folder / "llama", task="causal-lm", mesh=mesh)

@@ -51,14 +51,14 @@ def test_a_mesh_trains_as_one_device_does(results: dict[str, Any], check: str) -
     check_equal(results[check])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_full_fine_tuning_does_too(tmp_path: Path) -> None:
     for result in run_checks(tmp_path, *WHOLE).values():
         assert result["losses"] < 1e-5
         assert result["state"] < 1e-5, result["at"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_other_mesh_does_too(tmp_path: Path) -> None:
     for result in run_checks(tmp_path, *REST).values():
         check_equal(result)
@@ -86,6 +86,7 @@ def test_what_does_not_fit_a_mesh_is_said(results: dict[str, Any]) -> None:
         assert said[key] == (
             f"train.{key}=6 rows can't be shared out evenly to mesh.data × mesh.fsdp = 4; choose a multiple of 4"
         )
+    assert "as n=3 is no multiple of tensor=2, which mesh.whole_factors=error forbids; choose" in said["whole_factors"]
     note = "model/layers/0/self_attn/o_proj: factors whole on each device, as n=3 is no multiple of tensor=2"
     assert said["whole"] == note
 
