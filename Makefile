@@ -36,7 +36,7 @@ PY312 := $(if $(TORCH),$(shell for python in python3.12 "$$(pyenv root 2>/dev/nu
 install = PIP_CONSTRAINT=$(PINS) PIP_BUILD_CONSTRAINT=$(PINS) $(@D)/bin/python -m pip install -qq --no-input
 pytest = -m pytest -q -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo demo-chat test lint format bench clean
+.PHONY: help demo demo-chat test test-meshes lint format bench clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1:	/p' Makefile | expand -t 14
@@ -50,6 +50,9 @@ demo-chat: .venv/.app-$(ACCELERATOR)  ## tune a small chat model by LoRA and MEL
 test: .venv/.test $(if $(PY312),.venv312/.test)  ## the suite, then its torch-free part on the newest jax if there is a Python 3.12
 	.venv/bin/python $(pytest) $(if $(TORCH),,-m "not parity")
 	$(if $(PY312),.venv312/bin/python $(pytest) -m "not parity",@echo "This was the only run: there is no second Python for another jax.")
+
+test-meshes: .venv/.test  ## every mesh, full fine-tuning and four processes on simulated devices: about twenty minutes
+	EXHAUSTIVE=1 .venv/bin/python $(pytest) -m exhaustive
 
 lint: .venv/.lint  ## format, style, types and import contracts
 	.venv/bin/ruff format --check .

@@ -17,13 +17,17 @@ from typing import Any
 
 import jax
 import numpy as np
+import tiny_run
+from flax import nnx
 from mesh_bytes import table
-from mesh_runs import HEADS, TASKS, Run, compare, train, write_checkpoints
+from mesh_runs import HEADS, TASKS, WHOLE, Run, compare, train, write_checkpoints
 
 import melora_jax as mj
 from melora_jax.dropout import dropout_key, keep_mask
 from melora_jax.parallel import ParallelDot
 from melora_jax.storage import TensorFile
+from train.config import from_toml
+from train.experiment import prepare
 
 DEVICES = 8
 
@@ -31,6 +35,12 @@ DEVICES = 8
 @functools.cache
 def alone(folder: Path, family: str) -> Run:
     return train(folder, family, None)
+
+
+def check_whole(folder: Path, family: str, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Full fine-tuning: every variable is trained."""
+    changes = WHOLE | {"modules_to_save": {"bert": ["bert", "classifier"], "llama": ["model", "lm_head"]}[family]}
+    return compare(train(folder, family, mesh, **changes), train(folder, family, None, **changes))
 
 
 def check_training(folder: Path, family: str, mesh: jax.sharding.Mesh) -> dict[str, Any]:
@@ -66,6 +76,24 @@ def check_guard(folder: Path, mesh: jax.sharding.Mesh) -> dict[str, str]:
     return said
 
 
+def check_refusals(folder: Path, mesh: jax.sharding.Mesh) -> dict[str, str]:
+    """What is said of batches that don't share out, of a mesh that is too small, and of minis that stay whole."""
+    shared = tiny_run.SIZES | {"num_attention_heads": 2, "intermediate_size": 18}
+    recipe, said = tiny_run.recipe(tiny_run.make_material(folder / "app", shared)), {}
+    sizes = [word for name in mesh.axis_names for word in (f"--mesh.{name}", str(mesh.shape[name]))]
+    refused = {key: [f"--train.{key}", "6"] for key in ("batch_size", "eval_batch_size")}
+    refused["whole_factors"] = ["--mesh.whole_factors", "error", "--adapter.targets", "dense"]
+    for key, words in refused.items():
+        try:
+            prepare(from_toml(recipe, [*sizes, *words]))
+        except ValueError as error:
+            said[key] = str(error)
+    model = mj.from_pretrained(folder / "llama", task="causal-lm", mesh=mesh)
+    config = mj.MELoRAConfig(n=8, targets=["q_proj", "v_proj", "o_proj"], n_pattern={"o_proj": 3, "v_proj": 4})
+    said["whole"] = str(mj.adapt(model, config, rngs=nnx.Rngs(0))).partition("frozen\n")[2]
+    return said
+
+
 def guarded(path: Path, family: str, mesh: jax.sharding.Mesh, task: str, labels: int | None) -> str:
     targets = {"bert": ["query"], "llama": ["q_proj"]}[family]
     config = mj.MELoRAConfig(n=8, targets=targets, layers=[0], modules_to_save=[HEADS[family]])
@@ -95,10 +123,14 @@ def main(folder: Path, checks: list[str]) -> None:
         mesh = mj.make_mesh(*map(int, sizes.split(",")))
         if what == "bytes":
             result: dict[str, Any] = table(folder, mesh)
+        elif what.startswith("whole-"):
+            result = check_whole(folder, what.removeprefix("whole-"), mesh)
+        elif what == "masks":
+            result = check_masks(mesh)
         elif what == "guard":
             result = check_guard(folder, mesh)
         else:
-            result = check_masks(mesh) if what == "masks" else check_training(folder, what, mesh)
+            result = check_refusals(folder, mesh) if what == "refusals" else check_training(folder, what, mesh)
         print(json.dumps({"check": check, **result}), flush=True)
 
 

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOME = ["bert:2,2,2", "bert:8,1,1", "llama:2,2,2", "llama:1,1,8"]
 REST = [f"{family}:{sizes}" for family in ("bert", "llama") for sizes in ("1,8,1", "4,2,1", "2,1,4", "1,2,4")]
 REST += ["bert:1,1,8", "llama:8,1,1"]
+WHOLE = ["whole-bert:2,2,2", "whole-llama:2,2,2"]
 # Tests compare two compilations of the same sums; neither has to be fast.
 FLAGS = "--xla_backend_optimization_level=0"
 
@@ -32,7 +33,9 @@ def run_checks(folder: Path, *checks: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run_checks(tmp_path_factory.mktemp("mesh"), *SOME, "masks:2,2,2", "bytes:2,2,2", "guard:2,2,2")
+    return run_checks(
+        tmp_path_factory.mktemp("mesh"), *SOME, "masks:2,2,2", "bytes:2,2,2", "guard:2,2,2", "refusals:4,1,2"
+    )
 
 
 def check_equal(result: dict[str, Any]) -> None:
@@ -48,7 +51,14 @@ def test_a_mesh_trains_as_one_device_does(results: dict[str, Any], check: str) -
     check_equal(results[check])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_full_fine_tuning_does_too(tmp_path: Path) -> None:
+    for result in run_checks(tmp_path, *WHOLE).values():
+        assert result["losses"] < 1e-5
+        assert result["state"] < 1e-5, result["at"]
+
+
+@pytest.mark.exhaustive
 def test_every_other_mesh_does_too(tmp_path: Path) -> None:
     for result in run_checks(tmp_path, *REST).values():
         check_equal(result)
@@ -68,6 +78,17 @@ def test_the_guard_passes_our_layers_and_names_the_one_that_xla_miscompiles(resu
     said = results["guard:2,2,2"]
     assert (said["bert"], said["llama"]) == ("equal", "equal")
     assert "data=2, fsdp=2, tensor=2 model/layers/0/self_attn/o_proj gives other values" in said["left to XLA"]
+
+
+def test_what_does_not_fit_a_mesh_is_said(results: dict[str, Any]) -> None:
+    said = results["refusals:4,1,2"]
+    for key in ("batch_size", "eval_batch_size"):
+        assert said[key] == (
+            f"train.{key}=6 rows can't be shared out evenly to mesh.data × mesh.fsdp = 4; choose a multiple of 4"
+        )
+    assert "as n=3 is no multiple of tensor=2, which mesh.whole_factors=error forbids; choose" in said["whole_factors"]
+    note = "model/layers/0/self_attn/o_proj: factors whole on each device, as n=3 is no multiple of tensor=2"
+    assert said["whole"] == note
 
 
 @pytest.mark.parametrize("form", ["column", "row"])

@@ -132,7 +132,7 @@ def test_hosts_with_different_recipes_are_told_so(recipe: Path) -> None:
     assert not (recipe.parent / "unequal").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_any_mesh_goes_on_with_another_ones_checkpoint(recipe: Path, alone: list[Any]) -> None:
     [process] = start(recipe, "eight", devices=8, **EIGHT)
     wait_for_step(recipe, "eight", 9)

@@ -135,7 +135,7 @@ class RunConfig(Sections):
             yield f"train.metric={self.metric!r} is not computed here; choose from {', '.join(self.metrics)}, loss"
 
     def _device_problems(self) -> Iterator[str]:
-        sizes, hosts = vars(self.mesh), self.distributed
+        sizes, hosts = self.mesh.sizes, self.distributed
         for name, size in sizes.items():
             if size < 1 and size != -1:
                 yield f"mesh.{name}={size} must be at least 1, or -1 for the rest of the devices"

@@ -78,6 +78,11 @@ def prepare(config: RunConfig) -> Experiment:
     if config.model.quantize:
         mj.quantize(model, config.model.quantize)
     adaptation = mj.adapt(model, config.melora, rngs=nnx.Rngs(jax.random.fold_in(seed, 1)))
+    if config.mesh.whole_factors == "error" and adaptation.notes:
+        raise ValueError(
+            f"{adaptation.notes[0]}, which mesh.whole_factors=error forbids; choose n as a multiple of mesh.tensor, or "
+            "leave these layers out of adapter.targets"
+        )
     if config.model.stack_layers:
         material = dataclasses.replace(material, notes=(*material.notes, str(mj.stack_layers(model))))
     schedule, tx = _optimizer(model, config, _total_steps(config, material))
@@ -87,10 +92,10 @@ def prepare(config: RunConfig) -> Experiment:
 
 def _mesh(config: RunConfig) -> Mesh | None:
     """The mesh of a run, None for one device; its batches must share out evenly."""
-    if jax.process_count() == 1 and set(vars(config.mesh).values()) == {1}:
+    if jax.process_count() == 1 and set(config.mesh.sizes.values()) == {1}:
         return None
     try:
-        mesh = mj.make_mesh(**vars(config.mesh))
+        mesh = mj.make_mesh(**config.mesh.sizes)
     except ValueError as error:
         raise ValueError(f"[mesh] {error}") from None
     parts, sizes = mesh.shape["data"] * mesh.shape["fsdp"], config.train

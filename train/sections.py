@@ -226,6 +226,13 @@ class MeshConfig:
     """The same, but the base model is shared out to them too, and gathered a layer at a time."""
     tensor: int = 1
     """Parts that attention heads, inner features and mini-adapters are shared out to."""
+    whole_factors: Literal["say", "error"] = "say"
+    """What becomes of adapters that tensor does not divide, whose factors every device would hold whole."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Parts by axis."""
+        return {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
 
 
 @dataclasses.dataclass(frozen=True)
