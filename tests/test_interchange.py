@@ -192,6 +192,6 @@ def test_what_can_not_be_exported_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^there is no adapted layer to export, PEFT needs one; keep a head alone wi"):
         exported(tmp_path, targets=())
     unknown: Any = "dora"
-    with pytest.raises(ValueError, match=r"^format='dora' is unknown; choose \"lora\"$"):
+    with pytest.raises(ValueError, match=r"^format='dora' is unknown; choose \"lora\" or \"bdlora\"$"):
         mj.export_peft(tiny.adapted(), tmp_path / "adapter", format=unknown)
     assert not list(tmp_path.iterdir())
