@@ -76,7 +76,9 @@ def scale(tree: AdapterTree, factor: float) -> AdapterTree:
     return dataclasses.replace(tree, sites=sites)
 
 
-def add(trees: Sequence[AdapterTree], weights: Sequence[float] | None = None, *, rank: int | None = None) -> Approximation:
+def add(
+    trees: Sequence[AdapterTree], weights: Sequence[float] | None = None, *, rank: int | None = None
+) -> Approximation:
     """Σ_j w_j·ΔW_j as one adapter.
 
     Without `rank` it is exact: where all have the same n and mixer `identity`, mini k gets the latents of every mini k;

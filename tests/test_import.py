@@ -19,13 +19,14 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import melora_jax as mj
+from melora_jax.surgery import adapters_of, config_of
 
 CONFIG, TENSORS, OWN = "adapter_config.json", "adapter_model.safetensors", "melora_config.json"
 
 
 def without_padding(model: Any) -> Any:
     """The model with zeros where a mini is narrower than the widest, as they are unless someone sets them."""
-    for path, layer in mj.surgery.adapters_of(model).items():
+    for layer in adapters_of(model).values():
         used = layer.scale != 0
         layer.a[...] = jnp.where(used[:, None, :], layer.a[...], 0.0)
         layer.b[...] = jnp.where(used[:, :, None], layer.b[...], 0.0)
@@ -77,7 +78,9 @@ def test_block_diagonal_lora_without_our_file_is_recognised(name: str, tmp_path:
     np.testing.assert_allclose(tiny.run(loaded, tiny.IDS), tiny.run(model, tiny.IDS), rtol=1e-6, atol=1e-6)
 
 
-def test_what_was_changed_since_is_read_as_the_lora_that_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_was_changed_since_is_read_as_the_lora_that_it_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = mj.export_peft(tiny.trained(r=2), tmp_path / "peft")
     tensors = load_file(folder / TENSORS)
     key = "base_model.model.layer.0.query.lora_A.weight"
@@ -158,7 +161,7 @@ def test_the_config_reads_like_the_one_it_came_from(tmp_path: Path) -> None:
     model = tiny.Encoder()
     mj.import_peft(model, tmp_path / "peft")
     expected = mj.MELoRAConfig(n=1, r=3, alpha=6, dropout=0.1, scaling="rslora", targets=["query"])
-    assert mj.surgery.config_of(model) == expected
+    assert config_of(model) == expected
 
 
 def test_a_selection_that_names_do_not_make_is_listed_by_path(tmp_path: Path) -> None:
