@@ -16,6 +16,7 @@ from melora_jax.inspection import read_any
 from melora_jax.interchange import TENSOR_FILE, write_adapter
 from melora_jax.models import Model, from_pretrained, model_from_config, save_pretrained
 from melora_jax.models.checkpoint import checkpoint_source, config_of
+from melora_jax.models.families import family_of
 from melora_jax.peft_export import PeftFormat, write_peft
 from melora_jax.peft_import import read_peft
 from melora_jax.surgery import merge
@@ -85,26 +86,25 @@ def _base_of(tree: AdapterTree, base: str | None, adapter: str | Path) -> str:
 
 
 def _loaded(tree: AdapterTree, base: str) -> Model:
-    config, _ = config_of(checkpoint_source(base))
+    config, where = config_of(checkpoint_source(base))
     dtype = "bfloat16" if "bfloat16" in (config.get("dtype"), config.get("torch_dtype")) else "float32"
-    return from_pretrained(base, task=_task(tree, config), num_labels=_labels(tree), dtype=dtype)
+    task = _task(tree, config, where)
+    return from_pretrained(base, task=task, num_labels=_labels(tree, task), dtype=dtype)
 
 
 def _without_values(tree: AdapterTree, base: str) -> nnx.Module:
     config, where = config_of(checkpoint_source(base))
-    task, labels = _task(tree, config), _labels(tree)
+    task = _task(tree, config, where)
+    labels = _labels(tree, task)
     return nnx.eval_shape(lambda: model_from_config(config, task=task, num_labels=labels, where=where))
 
 
-def _task(tree: AdapterTree, config: dict[str, Any]) -> str:
-    """The task that the adapter names, else the one its paths are of."""
-    if tree.task:
-        return tree.task
-    names = "".join(config.get("architectures") or ())
-    return "causal-lm" if "ForCausalLM" in names else "sequence-classification"
+def _task(tree: AdapterTree, config: dict[str, Any], where: str) -> str:
+    """The task that the adapter names, else the usual one of its base."""
+    return tree.task or ("causal-lm" if family_of(config, where).is_decoder else "sequence-classification")
 
 
-def _labels(tree: AdapterTree) -> int | None:
+def _labels(tree: AdapterTree, task: str) -> int | None:
     """The outputs of the classification head that was trained beside the adapter; None where there is none."""
     heads = [value for path, value in tree.saved.items() if path in ("classifier/bias", "classifier/out_proj/bias")]
-    return len(heads[0]) if heads else None
+    return len(heads[0]) if heads and task in ("sequence-classification", "regression") else None

@@ -6,6 +6,7 @@ changed, so a model that `adapt` refuses is as it was.
 
 from __future__ import annotations
 
+import logging
 import zlib
 from typing import Any, TypeVar, overload
 
@@ -19,6 +20,9 @@ from melora_jax.graph import path_of, rewrite, walk
 from melora_jax.layers import FrozenParam, MELoRADense, MELoRAParam, freeze, thaw
 from melora_jax.matching import Plan, plan_sites
 from melora_jax.probing import check_outputs_move
+from melora_jax.serving import rank_note, served_rank
+
+logger = logging.getLogger("melora_jax")
 
 CONFIG_ATTRIBUTE = "melora_config"
 
@@ -56,8 +60,15 @@ def adapt(model: nnx.Module, config: MELoRAConfig, *, rngs: nnx.Rngs, probe: Any
     """
     if probe is not None:
         trial = nnx.clone(model)
-        adapt(trial, config, rngs=nnx.Rngs(0))
+        _put_adapters(trial, config, nnx.Rngs(0))
         check_outputs_move(trial, list(adapters_of(trial).values()), probe)
+    _put_adapters(model, config, rngs)
+    adaptation = describe(model)
+    _warn_of_rank(adaptation)
+    return adaptation
+
+
+def _put_adapters(model: nnx.Module, config: MELoRAConfig, rngs: nnx.Rngs) -> None:
     plan = plan_sites(model, config)
     key = rngs.params()
     wrapped: dict[int, MELoRADense] = {}
@@ -67,7 +78,13 @@ def adapt(model: nnx.Module, config: MELoRAConfig, *, rngs: nnx.Rngs, probe: Any
     _freeze_base(model, plan)
     rewrite(model, lambda path, node: wrapped.get(id(node), node))
     setattr(model, CONFIG_ATTRIBUTE, config)
-    return describe(model)
+
+
+def _warn_of_rank(adaptation: Adaptation) -> None:
+    """Says before any training that a serving engine will not take the adapters."""
+    rank = max((site.rank for site in adaptation.sites), default=0)
+    if rank and served_rank(rank) is None:
+        logger.warning("exported as plain LoRA, these adapters have rank %d, %s", rank, rank_note(rank))
 
 
 def _freeze_base(model: nnx.Module, plan: Plan) -> None:
