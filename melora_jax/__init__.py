@@ -8,6 +8,7 @@ from melora_jax.layers import FrozenParam, MELoRADense, MELoRAParam
 from melora_jax.models import from_pretrained, save_pretrained
 from melora_jax.models.gguf_tokenizer import tokenizer_from_gguf
 from melora_jax.optim import TrainState, make_optimizer, make_train_step, train_state
+from melora_jax.orbax import save_orbax
 from melora_jax.surgery import Adaptation, adapt, describe, merge, unwrap
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ __all__ = [
     "make_train_step",
     "merge",
     "save_adapter",
+    "save_orbax",
     "save_pretrained",
     "spectra",
     "stream",

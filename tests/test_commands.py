@@ -127,7 +127,7 @@ def test_what_is_wrong_is_one_line_and_writes_nothing(base: Path, tmp_path: Path
         (["export", str(own), f"{tmp_path}/x"], "own does not name its base model; give its folder or hub id with --b"),
         (
             ["merge", str(own), f"{tmp_path}/x", "--base", str(base)],
-            "own does not fit this model: targets: 'query' mat",
+            "own does not fit this model: modules_to_save: 'classifi",
         ),
         (["import", str(own), f"{tmp_path}/x"], "adapter_config.json does not exist; check the folder's name"),
         (["compress", str(base), f"{tmp_path}/x", "--n", "2", "--r", "1"], "is a whole model; say with --base what it"),
