@@ -148,7 +148,7 @@ def _peft_config(tree: AdapterTree, host: PeftHost, rank: int, alpha: float) -> 
     saved = [name.replace("/", ".") for name in tree.config.modules_to_save]
     config = {
         "peft_type": "LORA",
-        "task_type": PEFT_TASKS.get(tree.task or ""),
+        "task_type": _task_type(tree),
         "base_model_name_or_path": tree.base_model,
         "r": rank,
         "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
@@ -163,6 +163,13 @@ def _peft_config(tree: AdapterTree, host: PeftHost, rank: int, alpha: float) -> 
         "use_dora": False,
     }
     return config | ({"ensure_weight_tying": True} if host.tied else {})
+
+
+def _task_type(tree: AdapterTree) -> str | None:
+    """PEFT's word for the task; none for a classifier whose head was not trained, of which PEFT would miss the head."""
+    task = PEFT_TASKS.get(tree.task or "")
+    has_head = any("classifier" in path.split("/") for path in tree.saved)
+    return task if task != "SEQ_CLS" or has_head else None
 
 
 def _bdlora(targets: list[str], nblocks: int) -> dict[str, Any]:

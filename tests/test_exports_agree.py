@@ -138,7 +138,8 @@ def test_three_programs_give_the_same_logits(name: str, method: str, bases: Any,
 
 @pytest.mark.parametrize("name", [ENCODER, "llama", "qwen2"])
 def test_they_agree_on_a_bfloat16_base(name: str, bases: Any, tmp_path: Path) -> None:
-    check(name, "bfloat16", bases, tmp_path, 2e-2, **METHODS["MELoRA"])
+    # weak adapters, since strong ones make these random models amplify the base's own rounding
+    check(name, "bfloat16", bases, tmp_path, 2e-2, r=[1, 3], alpha=[0.6, 1.5])
 
 
 @pytest.mark.parametrize("method", ["total", "shuffle, rslora"])
