@@ -217,7 +217,7 @@ def compress_deltas(deltas: Iterable[tuple[str, np.ndarray]], *, n: int, r: int)
       r: rank of one mini.
 
     Raises:
-      ValueError: n does not divide a size, or n or r is below 1.
+      ValueError: no updates, n does not divide a size, or n or r is below 1.
     """
     sites, losses = {}, {}
     for path, delta in deltas:
@@ -235,6 +235,8 @@ def compress_deltas(deltas: Iterable[tuple[str, np.ndarray]], *, n: int, r: int)
         energy, held = float(np.sum(exact**2)), float(sum(np.sum(values**2) for _, values, _ in svds))
         inside = float(sum(np.sum(values[r:] ** 2) for _, values, _ in svds))
         losses[path] = Loss(energy, max(energy - held, 0.0), inside)
+    if not sites:
+        raise ValueError("there is no update to compress; give (path, ΔW) of one layer at least")
     config = config_of_sites({path: site.spec for path, site in sites.items()})
     return Approximation(AdapterTree(config, sites, {}), losses)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -68,10 +69,11 @@ def compress_difference(
     head: dict[str, np.ndarray] = {}
     left_out: dict[str, float] = {}
     deltas = _dense_changes(before, after, targets, head, left_out)
-    found = compress_deltas(deltas, n=n, r=r)
-    modules = [name for name in before.family.head if any(path.startswith(f"{name}/") for path in head)]
-    if not found.losses and not head:
+    first = next(deltas, None)
+    if first is None:
         raise ValueError(f"no dense layer that targets={list(targets)} names differs between {base} and {tuned}")
+    found = compress_deltas(itertools.chain([first], deltas), n=n, r=r)
+    modules = [name for name in before.family.head if any(path.startswith(f"{name}/") for path in head)]
     specs = {path: site.spec for path, site in found.tree.sites.items()}
     tree = dataclasses.replace(
         found.tree,

@@ -148,6 +148,10 @@ BAD: dict[str, tuple[Any, str]] = {
         lambda: compress(tree(q=site(0)), n=4, r=1),
         "n=4 does not divide q of size 12 x 18; choose n from 1, 2, 3",
     ),
+    "no updates": (
+        lambda: compress_deltas([], n=2, r=1),
+        r"there is no update to compress; give \(path, ΔW\) of one lay",
+    ),
     "no rank": (lambda: compress(tree(q=site(0)), n=2, r=0), "n=2 and r=0 must be at least 1"),
 }
 

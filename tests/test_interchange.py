@@ -183,8 +183,7 @@ def test_the_rank_that_vllm_must_be_told_is_said(tmp_path: Path, caplog: pytest.
         exported(tmp_path, r=300, targets=["0.query"])
     assert caplog.messages == [
         "exported at rank 9; vLLM serves it with --max-lora-rank 16",
-        "exported as plain LoRA, these adapters have rank 600, above vLLM's limit of 512; merge the model to serve it "
-        "there",
+        "exported as plain LoRA, these adapters have rank 600, above vLLM's limit of 512; merge the model to serve it there",
         "exported at rank 600, above vLLM's limit of 512; merge the model to serve it there",
     ]
     assert [record.levelname for record in caplog.records] == ["INFO", "WARNING", "WARNING"]
