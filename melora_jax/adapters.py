@@ -21,6 +21,7 @@ from melora_jax.models.families import torch_from_flax
 from melora_jax.peft_export import PeftFormat, PeftHost, write_peft
 from melora_jax.peft_import import read_peft
 from melora_jax.spectrum import singular_values
+from melora_jax.stacking import is_stacked, unstacked
 from melora_jax.surgery import CONFIG_ATTRIBUTE, Adaptation, adapt, adapters_of, config_of, describe, require_live
 
 
@@ -43,6 +44,7 @@ def adapter_tree(model: nnx.Module) -> AdapterTree:
     """A model's trained arrays and their settings, on the host."""
     config = config_of(model)
     require_live(model)
+    model = unstacked(model, nnx.Param)
     sites = {
         path: SiteFactors(layer.spec, np.asarray(layer.a[...]), np.asarray(layer.b[...]), layer.view.lookup)
         for path, layer in adapters_of(model).items()
@@ -68,7 +70,8 @@ def load_adapter(model: nnx.Module, folder: str | Path) -> Adaptation:
 
     Raises:
       FileNotFoundError: no adapter there.
-      ValueError: damaged files, or an adapter for another model or config. The model is left as it was.
+      ValueError: damaged files, an adapter for another model or config, or a model whose layers are stacked. The model
+        is left as it was.
     """
     return _put(model, read_adapter(folder), folder)
 
@@ -96,6 +99,8 @@ def import_peft(model: nnx.Module, folder: str | Path) -> Adaptation:
 
 
 def _put(model: nnx.Module, tree: AdapterTree, folder: str | Path) -> Adaptation:
+    if is_stacked(model):
+        raise ValueError("the model's layers are stacked; load an adapter before, or call unstack_layers(model) first")
     require_fit(model, tree, folder)
     if getattr(model, CONFIG_ATTRIBUTE, None) is None:
         adapt(model, tree.config, rngs=nnx.Rngs(0))
@@ -150,6 +155,7 @@ def export_peft(
 
 def peft_host(model: nnx.Module, tree: AdapterTree) -> PeftHost:
     """What an export of `tree` must know of its model, which may be plain or adapted, and without values."""
+    model = unstacked(model, nnx.Nothing())
     dense = [path_of(path) for path, node in walk(model) if isinstance(node, nnx.Module) and _is_dense(node)]
     saved = dict(torch_from_flax(path, value) for path, value in tree.saved.items())
     tied = _tied_embedding(model)
@@ -180,9 +186,8 @@ def spectra(model: nnx.Module) -> dict[str, np.ndarray]:
       ValueError: the model was not adapted.
     """
     config_of(model)
-    return {
-        path: singular_values(*map(np.asarray, layer.packed_factors())) for path, layer in adapters_of(model).items()
-    }
+    sites = adapters_of(unstacked(model, nnx.Param))
+    return {path: singular_values(*map(np.asarray, layer.packed_factors())) for path, layer in sites.items()}
 
 
 def _is_dense(node: nnx.Module) -> bool:

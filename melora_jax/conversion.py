@@ -93,10 +93,13 @@ def _loaded(tree: AdapterTree, base: str) -> Model:
 
 
 def _without_values(tree: AdapterTree, base: str) -> nnx.Module:
-    config, where = config_of(checkpoint_source(base))
+    source = checkpoint_source(base)
+    config, where = config_of(source)
     task = _task(tree, config, where)
     labels = _labels(tree, task)
-    return nnx.eval_shape(lambda: model_from_config(config, task=task, num_labels=labels, where=where))
+    model = nnx.eval_shape(lambda: model_from_config(config, task=task, num_labels=labels, where=where))
+    model.folder = str(source)
+    return model
 
 
 def _task(tree: AdapterTree, config: dict[str, Any], where: str) -> str:

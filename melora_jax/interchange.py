@@ -67,7 +67,13 @@ def read_adapter(folder: str | Path) -> AdapterTree:
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What our JSON file says: the tree without its arrays, each site as its spec and whether it is an embedding's."""
+    """What our JSON file says: the tree without its arrays.
+
+    Attributes:
+      config, base_model, task: as in `AdapterTree`.
+      specs: each site's spec, and whether it is an embedding's.
+      roundings: by site, what restores factors that an export has multiplied by their scales; see `plain.restored`.
+    """
 
     config: MELoRAConfig
     specs: Mapping[str, tuple[AdapterSpec, bool]]
@@ -92,12 +98,15 @@ def read_facts(where: Path) -> Facts:
     for key in ("config", "sites"):
         if not isinstance(facts.get(key), dict):
             raise ValueError(f'{where} has no object "{key}"; save the adapter again')
+    roundings = facts.get("roundings", {})
+    if not isinstance(roundings, dict) or not all(isinstance(text, str) for text in roundings.values()):
+        raise ValueError(f"{where} has roundings that are not text by site; export the adapter again")
     try:
         config = MELoRAConfig.from_json(json.dumps(facts["config"]))
         specs = {path: _spec_from(entry) for path, entry in facts["sites"].items()}
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    return Facts(config, specs, facts.get("base_model"), facts.get("task"), facts.get("roundings") or {})
+    return Facts(config, specs, facts.get("base_model"), facts.get("task"), roundings)
 
 
 def _finite_tensors(file: Path) -> dict[str, np.ndarray]:

@@ -21,6 +21,7 @@ from melora_jax.adapters import adapter_tree
 from melora_jax.graph import path_of
 from melora_jax.interchange import CONFIG_FILE, write_json
 from melora_jax.layers import FrozenParam
+from melora_jax.stacking import unstacked
 from melora_jax.storage import atomic_folder
 from melora_jax.surgery import adapters_of, merge, require_live
 
@@ -69,7 +70,7 @@ def _checkpointer() -> Any:
 
 
 def _adapter_arrays(model: nnx.Module) -> dict[str, jax.Array]:
-    return _arrays(nnx.state(model, nnx.Param))
+    return _arrays(nnx.state(unstacked(model, nnx.Param), nnx.Param))
 
 
 def _merged_arrays(model: nnx.Module) -> dict[str, jax.Array]:
@@ -77,6 +78,7 @@ def _merged_arrays(model: nnx.Module) -> dict[str, jax.Array]:
 
 
 def _frozen_arrays(model: nnx.Module) -> dict[str, jax.Array]:
+    model = unstacked(model, FrozenParam)
     wrapped = tuple(adapters_of(model))
     frozen = {}
     for path, value in _arrays(nnx.state(model, FrozenParam)).items():

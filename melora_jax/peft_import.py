@@ -149,7 +149,10 @@ def _as_exported(
         if rounding is None:
             a, b = factors_from_plain(spec, left, right, scaled=False)
         else:
-            a, b = restored(spec, left, right, rounding)
+            try:
+                a, b = restored(spec, left, right, rounding)
+            except ValueError as error:
+                raise ValueError(f"{file.parent / CONFIG_FILE}: {error} at {path}; export the adapter again") from None
         own[path] = SiteFactors(spec, a, b, lookup)
         again = plain_factors(own[path], scaled=rounding is not None)
         if not all(np.array_equal(one, other) for one, other in zip(again, (left, right), strict=True)):

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,33 @@ def test_what_was_changed_since_is_read_as_the_lora_that_it_is(
     layer: Any = loaded.layer[0].query
     lora_b = tensors[key.replace("_A", "_B")]
     np.testing.assert_allclose(layer.delta(), 8 * (lora_b @ tensors[key]).T, rtol=1e-5, atol=1e-6)
+
+
+ROUNDINGS = {
+    "not base64": (
+        "!",
+        r"melora_config.json: a rounding can't be read \(.*\) at layer/0/query; export the adapter again",
+    ),
+    "of another size": (
+        "eJwDAAAAAAE=",
+        r"melora_config.json: a rounding is not of 30 numbers at layer/0/query; export",
+    ),
+    "no text": (3, r"melora_config.json has roundings that are not text by site; export the adapter again"),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDINGS)
+def test_roundings_that_are_damaged_are_refused(name: str, tmp_path: Path) -> None:
+    value, message = ROUNDINGS[name]
+    folder = mj.export_peft(tiny.trained(r=[3, 3], alpha=[3, 5]), tmp_path / "peft")
+    facts = json.loads((folder / OWN).read_text())
+    facts["roundings"]["layer/0/query"] = value
+    (folder / OWN).write_text(json.dumps(facts))
+    model = tiny.Encoder()
+    before = tiny.snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        mj.import_peft(model, folder)
+    tiny.assert_as_before(model, before)
 
 
 # PEFT's own adapters
@@ -322,6 +350,13 @@ def header_that_lies(folder: Path, tensors: dict[str, np.ndarray]) -> None:
     (folder / TENSORS).write_bytes(data.replace(b"[3,6]", b"[9,6]"))
 
 
+def pickle_that_runs_code(folder: Path, tensors: dict[str, np.ndarray]) -> None:
+    (folder / TENSORS).unlink()
+    with zipfile.ZipFile(folder / "adapter_model.bin", "w") as file:
+        file.writestr("archive/data.pkl", b"\x80\x02cposix\nsystem\nX\x04\x00\x00\x00true\x85R.")
+
+
+BAD["a pickle that runs code"] = (pickle_that_runs_code, "asks for posix.system, which builds no tensor; do not trust")
 BAD["a header that lies"] = (header_that_lies, "is truncated or is not a safetensors file")
 
 

@@ -181,10 +181,11 @@ def test_the_rank_that_vllm_must_be_told_is_said(tmp_path: Path, caplog: pytest.
     with caplog.at_level(logging.INFO, "melora_jax"):
         exported(tmp_path, r=[4, 5], targets=["0.query"])
         exported(tmp_path, r=300, targets=["0.query"])
+    limit = "rank 600, above vLLM's limit of 512; merge the model to serve it there"
     assert caplog.messages == [
         "exported at rank 9; vLLM serves it with --max-lora-rank 16",
-        "exported as plain LoRA, these adapters have rank 600, above vLLM's limit of 512; merge the model to serve it there",
-        "exported at rank 600, above vLLM's limit of 512; merge the model to serve it there",
+        f"exported as plain LoRA, these adapters have {limit}",
+        f"exported at {limit}",
     ]
     assert [record.levelname for record in caplog.records] == ["INFO", "WARNING", "WARNING"]
 

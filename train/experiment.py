@@ -65,6 +65,8 @@ def prepare(config: RunConfig) -> Experiment:
     )
     _check_fit(model, config, material)
     adaptation = mj.adapt(model, config.melora, rngs=nnx.Rngs(jax.random.fold_in(seed, 1)))
+    if config.model.stack_layers:
+        material = dataclasses.replace(material, notes=(*material.notes, str(mj.stack_layers(model))))
     schedule, tx = _optimizer(model, config, _total_steps(config, material))
     measure = measurer(config.model.task, config.instruction.chunk)
     return Experiment(config, material, measure, model, adaptation, schedule, tx)

@@ -17,6 +17,7 @@ from melora_jax.models.gguf_tokenizer import tokenizer_from_gguf
 from melora_jax.models.hugging_face import HuggingFaceModel, with_dtype
 from melora_jax.models.load import variables_of
 from melora_jax.models.shards import SAVED_DTYPES, layout_of, write_shards
+from melora_jax.stacking import unstacked
 from melora_jax.storage import atomic_folder
 
 _log = logging.getLogger("melora_jax")
@@ -53,7 +54,7 @@ def save_pretrained(
     ...     sorted(file.name for file in Path(parent, "saved").iterdir())
     ['config.json', 'model.safetensors']
     """
-    variables = variables_of(model)
+    variables = variables_of(unstacked(model))
     _require_layout(model, variables)
     _require_dtype(dtype)
     write_tokenizer = _tokenizer_writer(model, tokenizer_from)
