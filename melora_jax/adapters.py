@@ -53,7 +53,7 @@ def adapter_tree(model: nnx.Module) -> AdapterTree:
         config=config,
         sites=sites,
         saved={path: np.asarray(variable[...]) for path, variable in head_of(model).items()},
-        base_model=getattr(model, "name_or_path", None),
+        base_model=getattr(model, "name_or_path", None) or None,
         task=getattr(model, "task", None),
     )
 

@@ -12,7 +12,7 @@ from typing import Any
 
 # The values that vLLM's --max-lora-rank takes; 16 is its default.
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-_ALTERED_BASES = ("pissa", "olora", "corda", "loftq")
+_PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 _FACTORS = (".lora_A.weight", ".lora_B.weight")
 _EMBEDDING_FACTORS = (".lora_embedding_A", ".lora_embedding_B")
 
@@ -93,12 +93,14 @@ def _vllm(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], rank
             return f"it refuses {key}"
     if config.get("bias", "none") != "none":
         return f"it refuses bias={config['bias']!r}"
-    if str(config.get("init_lora_weights")).startswith(_ALTERED_BASES):
-        return f"it refuses init_lora_weights={config['init_lora_weights']!r}"
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower() not in _PLAIN_STARTS:
+        return f"it refuses init_lora_weights={start!r}"
     if served_rank(rank) is None:
         return f"rank {rank} is above its limit of {SERVED_RANKS[-1]}"
-    extra = [name for name in _extras(shapes, *_EMBEDDING_FACTORS) if not {"classifier", "score"} & {*name.split(".")}]
-    return f"of whole modules it reads classifier and score alone, not {extra[0]}" if extra else None
+    heads = ("classifier.weight", "classifier.bias", "score.weight", "score.bias")
+    extra = _extras(shapes, *_EMBEDDING_FACTORS, *heads)
+    return f"of whole modules it reads a flat classifier or score alone, not {extra[0]}" if extra else None
 
 
 def _sglang(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str | None:
@@ -109,7 +111,7 @@ def _sglang(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
             return f"it ignores {key}, so its scale would be wrong"
     if isinstance(config.get("target_modules"), str) and config["target_modules"] not in ("all", "all-linear"):
         return "it takes a list of target_modules, not a regular expression"
-    extra = _extras(shapes)
+    extra = _extras(shapes, *(f".embed_tokens{factor}" for factor in _EMBEDDING_FACTORS))
     return f"it ignores {extra[0]}, which was trained" if extra else None
 
 

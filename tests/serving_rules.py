@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+HEADS = ("classifier", "score")
 PREFIX = "base_model.model."
 Tensors = Mapping[str, np.ndarray]
 
@@ -25,8 +26,10 @@ def vllm(config: Mapping[str, Any], tensors: Tensors, max_lora_rank: int, module
     wrong += [f"{key} is set" for key in refused if config.get(key)]
     if config.get("bias", "none") != "none":
         wrong.append("bias is set")
-    if config.get("init_lora_weights") in ("pissa", "olora", "corda", "loftq"):
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower() not in ("gaussian", "eva", "orthogonal", "mica", "lora_ga"):
         wrong.append("the base was altered")
+    wrong += [f"{name} is saved whole" for name in config.get("modules_to_save") or [] if name not in HEADS]
     ranks = [config["r"], *(config.get("rank_pattern") or {}).values()]
     wrong += [f"rank {rank} is above {max_lora_rank}" for rank in ranks if rank > max_lora_rank]
     if max_lora_rank not in VLLM_RANKS:
@@ -37,10 +40,10 @@ def vllm(config: Mapping[str, Any], tensors: Tensors, max_lora_rank: int, module
             wrong.append(f"the model has no {name}")
     for name in tensors:
         parts = name.split(".")
-        if not {"classifier", "score"} & set(parts):
-            factor = parts[-2:] in (["lora_A", "weight"], ["lora_B", "weight"])
-            if not factor and parts[-1] not in ("lora_embedding_A", "lora_embedding_B"):
-                wrong.append(f"{name} is no factor")
+        factor = parts[-2:] in (["lora_A", "weight"], ["lora_B", "weight"])
+        head = parts[-1] in ("weight", "bias") and parts[-2] in HEADS
+        if not factor and not head and parts[-1] not in ("lora_embedding_A", "lora_embedding_B"):
+            wrong.append(f"{name} is no factor")
     return wrong
 
 

@@ -53,7 +53,8 @@ def test_every_plain_export_keeps_the_rules_of_all(name: str, tmp_path: Path) ->
 PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
 FACTORS = {"base_model.model.q_proj.lora_A.weight": (4, 6), "base_model.model.q_proj.lora_B.weight": (6, 4)}
 HEAD = {"base_model.model.classifier.weight": (2, 6)}
-EMBEDDING = {"base_model.model.embed_tokens.lora_embedding_A": (4, 6)}
+DEEP_HEAD = {"base_model.model.classifier.dense.weight": (6, 6)}
+EMBEDDING = {"base_model.model.model.embed_tokens.lora_embedding_A": (4, 6)}
 WHOLE = {"base_model.model.lm_head.weight": (9, 6)}
 # which of vLLM, SGLang and llama.cpp serve it, and what is said of one that does not
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
@@ -77,7 +78,13 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
         "SGLang: no, it takes a list of target_modules, not",
     ),
     "a head": ({"task_type": "SEQ_CLS"}, HEAD, "vLLM", "SGLang: no, it ignores classifier.weight, which was trained"),
-    "an embedding": ({}, EMBEDDING, "vLLM llama.cpp", "SGLang: no, it ignores embed_tokens.lora_embedding_A, which"),
+    "RoBERTa's head": (
+        {"task_type": "SEQ_CLS"},
+        DEEP_HEAD,
+        "",
+        "vLLM: no, of whole modules it reads a flat classifier or",
+    ),
+    "an embedding": ({}, EMBEDDING, "vLLM SGLang llama.cpp", ""),
     "lm_head": ({}, WHOLE, "", "llama.cpp: no, its converter refuses lm_head.weight, which is no LoRA factor"),
     "a classifier": ({"task_type": "SEQ_CLS"}, {}, "vLLM SGLang", "llama.cpp: no, it runs language models alone"),
 }
@@ -91,10 +98,8 @@ def test_who_serves_an_adapter_and_why_not(name: str) -> None:
     assert [reader.name for reader in found] == ["PEFT", "vLLM", "SGLang", "llama.cpp"]
     assert " ".join(reader.name for reader in found[1:] if reader.serves) == expected
     assert said in "\n".join(map(str, found))
-    # the restated rules agree about vLLM, whatever init_lora_weights is called in full
-    if name != "PiSSA":
-        tensors = {key: np.zeros(shape) for key, shape in shapes.items()}
-        assert ("vLLM" in expected) == (rules.vllm(config, tensors, 512, MODULES) == [])
+    tensors = {key: np.zeros(shape) for key, shape in shapes.items()}
+    assert ("vLLM" in expected) == (rules.vllm(config, tensors, 512, MODULES) == [])
 
 
 def test_the_authors_files_are_served_after_import_alone() -> None:
