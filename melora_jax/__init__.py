@@ -1,6 +1,6 @@
 """MELoRA for JAX and Flax: mini-ensemble low-rank adapters in any NNX model (arXiv 2402.17263)."""
 
-from melora_jax.adapters import export_peft, load_adapter, save_adapter, spectra
+from melora_jax.adapters import export_peft, import_peft, load_adapter, save_adapter, spectra
 from melora_jax.config import MELoRAConfig
 from melora_jax.dropout import dropout_key
 from melora_jax.generation import Generation, NewTokens, generate, stream
@@ -9,6 +9,7 @@ from melora_jax.layers import FrozenParam, MELoRADense, MELoRAParam
 from melora_jax.models import abstract_model, from_pretrained, save_pretrained
 from melora_jax.models.gguf_tokenizer import tokenizer_from_gguf
 from melora_jax.optim import TrainState, make_optimizer, make_train_step, train_state
+from melora_jax.orbax import save_orbax
 from melora_jax.quantization import Quantization, quantize
 from melora_jax.sharding import batch_sharding, make_mesh
 from melora_jax.stacking import Stacking, stack_layers, unstack_layers
@@ -36,6 +37,7 @@ __all__ = [
     "export_peft",
     "from_pretrained",
     "generate",
+    "import_peft",
     "load_adapter",
     "make_mesh",
     "make_optimizer",
@@ -43,6 +45,7 @@ __all__ = [
     "merge",
     "quantize",
     "save_adapter",
+    "save_orbax",
     "save_pretrained",
     "spectra",
     "stack_layers",

@@ -22,7 +22,7 @@ import zlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from melora_jax.config import AdapterSpec, Init, Mixer, Strategy
 
@@ -70,7 +70,7 @@ def _a_initialiser(init: Init, mixer: Mixer, n: int, r: int) -> jax.nn.initializ
     return jax.nn.initializers.variance_scaling(1.0 / (3.0 * fan), "fan_in", "uniform", batch_axis=0)
 
 
-def mix(z: Float[Array, "... n r"], mixer: Mixer) -> Float[Array, "... n r"]:
+def mix(z: Shaped[Array, "... n r"], mixer: Mixer) -> Shaped[Array, "... n r"]:
     """M applied to the latents: `identity`, `all` (every mini reads the sum), `shuffle` (block a, chunk j → j, a)."""
     if mixer == "identity":
         return z
@@ -163,8 +163,8 @@ def packed_factors(
         left = (a * scale[:, None, :]).reshape(n * i, r)
         return left, b.swapaxes(0, 1).reshape(r, -1)
     n, r = scale.shape
-    latents = jnp.eye(n * r, dtype=b.dtype).reshape(n * r, n, r)
-    return _block_diagonal(a), expand(latents, b, scale, mixer, "packed")
+    rows = mix(jnp.arange(n * r).reshape(n, r), mixer).reshape(-1)  # no matmul: an accelerator's may round
+    return _block_diagonal(a), jnp.asarray(scale.reshape(-1, 1), b.dtype) * _block_diagonal(b)[rows]
 
 
 def delta(

@@ -44,7 +44,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the file is not UTF-8 JSON, or holds something else than an object.
+      ValueError: the file is not UTF-8 JSON, names a key twice, or holds something else than an object.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -56,7 +56,9 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; check the folder's name")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_distinct)
+    except _TwiceError as error:
+        raise ValueError(f"{path} names {error.args[0]!r} twice in one object; remove one of them") from None
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path} line {error.lineno} column {error.colno}: {error.msg}; mend the JSON or fetch the file again"
@@ -66,6 +68,18 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__} where an object {{...}} is expected")
     return value
+
+
+class _TwiceError(Exception):
+    """A key that stands twice in one JSON object, of which JSON readers silently take the last."""
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _TwiceError(next(name for name in names if names.count(name) > 1))
+    return values
 
 
 class TensorFile:

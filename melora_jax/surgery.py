@@ -22,6 +22,7 @@ from melora_jax.layers import FrozenParam, MELoRADense, MELoRAParam, freeze, tha
 from melora_jax.matching import Plan, plan_sites
 from melora_jax.probing import check_outputs_move
 from melora_jax.quantization import QuantizedLinear
+from melora_jax.serving import rank_note, served_rank
 from melora_jax.sharding import put
 from melora_jax.slices import factor_sharding, whole_note
 from melora_jax.stacking import is_stacked, unstack_layers, unstacked
@@ -68,8 +69,15 @@ def adapt(model: nnx.Module, config: MELoRAConfig, *, rngs: nnx.Rngs, probe: Any
         )
     if probe is not None:
         trial = nnx.clone(model)
-        adapt(trial, config, rngs=nnx.Rngs(0))
+        _put_adapters(trial, config, nnx.Rngs(0))
         check_outputs_move(trial, list(adapters_of(trial).values()), probe)
+    _put_adapters(model, config, rngs)
+    adaptation = describe(model)
+    _warn_of_rank(adaptation)
+    return adaptation
+
+
+def _put_adapters(model: nnx.Module, config: MELoRAConfig, rngs: nnx.Rngs) -> None:
     plan = plan_sites(model, config)
     key = rngs.params()
     wrapped: dict[int, MELoRADense] = {}
@@ -80,7 +88,13 @@ def adapt(model: nnx.Module, config: MELoRAConfig, *, rngs: nnx.Rngs, probe: Any
     _freeze_base(model, plan)
     rewrite(model, lambda path, node: wrapped.get(id(node), node))
     setattr(model, CONFIG_ATTRIBUTE, config)
-    return describe(model)
+
+
+def _warn_of_rank(adaptation: Adaptation) -> None:
+    """Says before any training that a serving engine will not take the adapters."""
+    rank = max((site.rank for site in adaptation.sites), default=0)
+    if rank and served_rank(rank) is None:
+        _log.warning("exported as plain LoRA, these adapters have rank %d, %s", rank, rank_note(rank))
 
 
 def _place_factors(layer: MELoRADense) -> None:

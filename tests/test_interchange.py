@@ -181,17 +181,19 @@ def test_the_rank_that_vllm_must_be_told_is_said(tmp_path: Path, caplog: pytest.
     with caplog.at_level(logging.INFO, "melora_jax"):
         exported(tmp_path, r=[4, 5], targets=["0.query"])
         exported(tmp_path, r=300, targets=["0.query"])
+    limit = "rank 600, above vLLM's limit of 512; merge the model to serve it there"
     assert caplog.messages == [
         "exported at rank 9; vLLM serves it with --max-lora-rank 16",
-        "exported at rank 600, above vLLM's limit of 512; merge the model to serve it there",
+        f"exported as plain LoRA, these adapters have {limit}",
+        f"exported at {limit}",
     ]
-    assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
+    assert [record.levelname for record in caplog.records] == ["INFO", "WARNING", "WARNING"]
 
 
 def test_what_can_not_be_exported_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^there is no adapted layer to export, PEFT needs one; keep a head alone wi"):
         exported(tmp_path, targets=())
     unknown: Any = "dora"
-    with pytest.raises(ValueError, match=r"^format='dora' is unknown; choose \"lora\"$"):
+    with pytest.raises(ValueError, match=r"^format='dora' is unknown; choose \"lora\" or \"bdlora\"$"):
         mj.export_peft(tiny.adapted(), tmp_path / "adapter", format=unknown)
     assert not list(tmp_path.iterdir())

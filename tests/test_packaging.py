@@ -103,7 +103,7 @@ def _imports(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("folder", "extras"), [("melora_jax", ["gguf"]), ("train", ["train", "tensorboard", "parity"])]
+    ("folder", "extras"), [("melora_jax", ["gguf", "orbax"]), ("train", ["train", "tensorboard", "parity"])]
 )
 def test_every_import_is_a_stated_requirement(folder, extras):
     stated = PROJECT["dependencies"] + [line for extra in extras for line in PROJECT["optional-dependencies"][extra]]

@@ -166,11 +166,11 @@ def test_a_disk_that_fills_while_saving(place, disk, capsys, monkeypatch, writer
     where = mj if writer == "save_adapter" else _Session
     save, calls = getattr(where, writer), []
 
-    def fill_and_save(*args):
+    def fill_and_save(*args, **options):
         calls.append(args)
         if len(calls) == 2:
             fill(disk / "filler")
-        save(*args)
+        save(*args, **options)
 
     monkeypatch.setattr(where, writer, fill_and_save)
     monkeypatch.setattr("train.loop.is_better", lambda name, *scores: True)

@@ -228,7 +228,7 @@ class _Session:
         seconds, epoch = time.monotonic() - began, done / self.experiment.material.plan.steps_per_epoch
         # All before the checkpoint: a run that is killed between these comes here again.
         if best:
-            self._keep_adapter(state)
+            self._keep_adapter(state, metrics)
         self.log.write({"kind": "eval", "step": done, "epoch": epoch, **metrics, "seconds": seconds, "best": best})
         name = self.experiment.config.metric
         self._save(state, metrics[name] if is_better(name, 1.0, 0.0) else -metrics[name])
@@ -248,11 +248,11 @@ class _Session:
         self.notes = dataclasses.replace(self.notes, seconds=time.monotonic() - self.began)
         self.checkpoints.save(state, self.notes, score)
 
-    def _keep_adapter(self, state: mj.TrainState) -> None:
+    def _keep_adapter(self, state: mj.TrainState, scores: dict[str, float]) -> None:
         # The next step donates the state's arrays, so the model gets copies.
         nnx.update(self.experiment.model, whole_on_host(state.trainable))
         if is_first():
-            mj.save_adapter(self.experiment.model, self.experiment.folder / "adapter")
+            mj.save_adapter(self.experiment.model, self.experiment.folder / "adapter", scores=scores)
 
 
 def _introduce(experiment: Experiment, progress: Progress, start: int) -> None:

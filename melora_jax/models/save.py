@@ -8,36 +8,41 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import numpy as np
 from flax import nnx
 
 from melora_jax.models.build import Model, model_from_config
-from melora_jax.models.checkpoint import GENERATION_CONFIG, TOKENIZER_FILES, WEIGHTS, checkpoint_source, is_gguf
-from melora_jax.models.families import listed, torch_from_flax
+from melora_jax.models.checkpoint import GENERATION_CONFIG, TOKENIZER_FILES, checkpoint_source, is_gguf
+from melora_jax.models.families import listed
 from melora_jax.models.gguf_tokenizer import tokenizer_from_gguf
-from melora_jax.models.hugging_face import HuggingFaceModel
+from melora_jax.models.hugging_face import HuggingFaceModel, with_dtype
 from melora_jax.models.load import variables_of
+from melora_jax.models.shards import SAVED_DTYPES, layout_of, write_shards
 from melora_jax.stacking import unstacked
-from melora_jax.storage import atomic_folder, write_tensors
+from melora_jax.storage import atomic_folder
 
 _log = logging.getLogger("melora_jax")
 
 
-def save_pretrained(model: Model, folder: str | Path, tokenizer_from: str | Path | None = None) -> None:
-    """Writes a model as config.json and model.safetensors, with its tokenizer's files where they are known.
+def save_pretrained(
+    model: Model, folder: str | Path, tokenizer_from: str | Path | None = None, *, dtype: str | None = None
+) -> None:
+    """Writes a model as a Hugging Face checkpoint, with its tokenizer's files where they are known.
 
-    The folder appears whole or not at all; transformers' auto classes load it: `AutoModelForCausalLM` a language model.
+    Each tensor goes into the file that held it in the checkpoint that the model came from, in the narrower of the dtype
+    it had there and its own, with an index where there was one; new tensors go into the last file. Memory is needed for
+    one file at a time. The folder appears whole or not at all; transformers' auto classes load it.
 
     Args:
       model: a model from `from_pretrained`, with plain Flax layers (`merge` makes it so).
       folder: the folder to write.
       tokenizer_from: folder or hub id whose tokenizer files are copied, or GGUF file whose tokenizer is built and
         saved; None takes the checkpoint that the model was loaded from.
+      dtype: "float32", "bfloat16" or "float16" for all tensors; None as said above.
 
     Raises:
       ValueError: the model has variables with no place in the Hugging Face layout (adapters), lacks some, or has
         changed shapes; or `tokenizer_from` has no tokenizer, or a GGUF file one that is not supported; or `folder`
-        cannot be replaced.
+        cannot be replaced; or the dtype is unknown, or too narrow for a value.
       OSError: the disk is full or cannot be written.
 
     >>> import tempfile
@@ -51,16 +56,22 @@ def save_pretrained(model: Model, folder: str | Path, tokenizer_from: str | Path
     """
     variables = variables_of(unstacked(model))
     _require_layout(model, variables)
+    _require_dtype(dtype)
     write_tokenizer = _tokenizer_writer(model, tokenizer_from)
-    tensors = dict(torch_from_flax(path, np.asarray(variable.get_value())) for path, variable in variables.items())
+    layout = layout_of(model, {path: variable.dtype for path, variable in variables.items()}, dtype)
     with atomic_folder(folder) as temporary:
-        text = json.dumps(model.config.to_dict(), indent=2, sort_keys=True)
+        text = json.dumps(with_dtype(model.config, layout.dtype).to_dict(), indent=2, sort_keys=True)
         (temporary / "config.json").write_text(text + "\n", encoding="utf-8")
-        write_tensors(temporary / WEIGHTS, tensors, {"format": "pt"})
+        write_shards(layout, variables, temporary)
         write_tokenizer(temporary)
         generation = Path(model.folder) / GENERATION_CONFIG
         if model.folder and generation.is_file():
             shutil.copyfile(generation, temporary / GENERATION_CONFIG)
+
+
+def _require_dtype(dtype: str | None) -> None:
+    if dtype not in (None, *SAVED_DTYPES):
+        raise ValueError(f"dtype {dtype!r} is unknown; choose from {', '.join(SAVED_DTYPES)}, or leave it out")
 
 
 def _require_layout(model: Model, variables: Mapping[str, nnx.Variable]) -> None:

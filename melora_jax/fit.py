@@ -1,0 +1,95 @@
+"""Whether an adapter tree fits a model: found before anything is changed, and said by path and shape."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from flax import nnx
+
+from melora_jax.adapter_tree import AdapterTree
+from melora_jax.config import AdapterSpec, MELoRAConfig
+from melora_jax.graph import path_of, walk
+from melora_jax.layers import MELoRAParam
+from melora_jax.matching import plan_sites
+from melora_jax.surgery import CONFIG_ATTRIBUTE, adapters_of, config_of
+from melora_jax.views import DenseView, view_of
+
+
+def require_fit(model: nnx.Module, tree: AdapterTree, folder: str | Path) -> None:
+    """Raises ValueError unless the adapter read from `folder` is one for `model`, plain or adapted with its config."""
+    if getattr(model, CONFIG_ATTRIBUTE, None) is None:
+        _require_arrays(tree, *_needs_of_plain(model, tree.config, folder), folder)
+    else:
+        _require_same_config(model, tree, folder)
+        _require_arrays(tree, *_needs_of_adapted(model), folder)
+
+
+def head_of(model: nnx.Module) -> dict[str, nnx.Variable]:
+    """The variables that are trained whole, by path: every `nnx.Param` that is no factor."""
+    return {path_of(path): variable for path, variable in nnx.to_flat_state(nnx.state(model, _is_head))}
+
+
+def _is_head(path: object, variable: object) -> bool:
+    return isinstance(variable, nnx.Param) and not isinstance(variable, MELoRAParam)
+
+
+_Needs = tuple[dict[str, AdapterSpec], dict[str, tuple[int, ...]]]
+
+
+def _needs_of_plain(model: nnx.Module, config: MELoRAConfig, folder: str | Path) -> _Needs:
+    """The spec of each site, and the shape of each array, that an adapter of `config` has for this plain model."""
+    try:
+        plan = plan_sites(model, config)
+    except ValueError as error:
+        raise ValueError(f"the adapter in {folder} does not fit this model: {error}") from None
+    shapes: dict[str, tuple[int, ...]] = {}
+    named: set[int] = set()
+    for path, node in walk(model):
+        if id(node) in plan.saved_variables - named:
+            shapes[path_of(path)] = node.shape
+            named.add(id(node))
+    for site in plan.sites.values():
+        shapes |= _factor_shapes(site.path, site.spec, view_of(site.layer))
+    return {site.path: site.spec for site in plan.sites.values()}, shapes
+
+
+def _needs_of_adapted(model: nnx.Module) -> _Needs:
+    shapes = {path: variable.shape for path, variable in head_of(model).items()}
+    for path, layer in adapters_of(model).items():
+        shapes |= _factor_shapes(path, layer.spec, layer.view)
+    return {path: layer.spec for path, layer in adapters_of(model).items()}, shapes
+
+
+def _factor_shapes(path: str, spec: AdapterSpec, view: DenseView) -> dict[str, tuple[int, ...]]:
+    n, r = spec.n, max(spec.r)
+    return {f"{path}/a": (n, view.d_in // n, r), f"{path}/b": (n, r, view.d_out // n)}
+
+
+def _require_same_config(model: nnx.Module, tree: AdapterTree, folder: str | Path) -> None:
+    here = config_of(model)
+    if here != tree.config:
+        fields = [field.name for field in dataclasses.fields(MELoRAConfig)]
+        keys = [key for key in fields if getattr(here, key) != getattr(tree.config, key)]
+        there = ", ".join(f"{key}={getattr(tree.config, key)!r} (the model: {getattr(here, key)!r})" for key in keys)
+        raise ValueError(f"the adapter in {folder} was made with {there}; load it into melora_jax.unwrap(model)")
+
+
+def _require_arrays(
+    tree: AdapterTree, specs: dict[str, AdapterSpec], shapes: dict[str, tuple[int, ...]], folder: str | Path
+) -> None:
+    saved = {key: value.shape for key, value in tree.tensors().items()}
+    for key in sorted(shapes.keys() | saved.keys()):
+        if shapes.get(key) != saved.get(key):
+            ours, theirs = (list(at[key]) if key in at else "absent" for at in (shapes, saved))
+            raise ValueError(
+                f"the adapter in {folder} is for another model: {key} is {theirs} there and {ours} in this model; load "
+                "the base it was trained on, with the same task and number of labels"
+            )
+    for path, spec in specs.items():
+        listed = tree.sites[path].spec if path in tree.sites else "nothing"
+        if spec != listed:
+            raise ValueError(
+                f"the adapter in {folder} contradicts itself: its config gives {path} {spec}, its list of sites "
+                f"{listed}; save the adapter again"
+            )
