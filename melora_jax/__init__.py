@@ -6,6 +6,7 @@ from melora_jax.dropout import dropout_key
 from melora_jax.generation import Generation, NewTokens, generate, stream
 from melora_jax.guard import check_mesh
 from melora_jax.layers import FrozenParam, MELoRADense, MELoRAParam
+from melora_jax.merging import merge, unwrap
 from melora_jax.models import abstract_model, from_pretrained, save_pretrained
 from melora_jax.models.gguf_tokenizer import tokenizer_from_gguf
 from melora_jax.optim import TrainState, make_optimizer, make_train_step, train_state
@@ -13,7 +14,7 @@ from melora_jax.orbax import save_orbax
 from melora_jax.quantization import Quantization, quantize
 from melora_jax.sharding import batch_sharding, make_mesh
 from melora_jax.stacking import Stacking, stack_layers, unstack_layers
-from melora_jax.surgery import Adaptation, adapt, describe, merge, unwrap
+from melora_jax.surgery import Adaptation, adapt, describe
 
 __version__ = "0.1.0"
 

@@ -14,12 +14,12 @@ from melora_jax.arithmetic import Approximation, compress
 from melora_jax.difference import compress_difference
 from melora_jax.inspection import read_any
 from melora_jax.interchange import TENSOR_FILE, write_adapter
+from melora_jax.merging import merge
 from melora_jax.models import Model, from_pretrained, model_from_config, save_pretrained
 from melora_jax.models.checkpoint import checkpoint_source, config_of
 from melora_jax.models.families import family_of
 from melora_jax.peft_export import PeftFormat, write_peft
 from melora_jax.peft_import import read_peft
-from melora_jax.surgery import merge
 
 
 def export_folder(adapter: str | Path, folder: str | Path, *, format: PeftFormat, base: str | None) -> Path:
