@@ -160,7 +160,7 @@ def _mark(layer: nnx.Module, shared: frozenset[int]) -> Hashable:
 def _runs(marks: Sequence[Hashable]) -> Iterator[tuple[int, int, int]]:
     """Cuts layers into (first, block size, repeats): at each place the block that covers the most, the shortest first.
 
-    >>> list(_runs("aaabababc"))
+    >>> list(_runs("aabcbcbcd"))
     [(0, 1, 2), (2, 2, 3), (8, 1, 1)]
     """
     first = 0
