@@ -118,6 +118,9 @@ def _saved(others: Mapping[str, np.ndarray], settings: PeftSettings, file: Path)
     """The parameters of the modules that were trained whole, by their path and in the layout of Flax."""
     saved: dict[str, np.ndarray] = {}
     for name, value in others.items():
+        if name.endswith(".base_layer.weight"):
+            logger.warning("%s holds the base's own %s, which is left out: the model's is used", file, name)
+            continue
         path, array = flax_from_torch(name, value)
         if not any(_is_in(module, path) for module in settings.modules_to_save):
             tie = [key for key in saved if key.endswith("embed_tokens/embedding") and settings.tied]

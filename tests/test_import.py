@@ -203,6 +203,17 @@ def test_a_selection_that_names_do_not_make_is_listed_by_path(tmp_path: Path) ->
     tiny.assert_equal(tiny.arrays(again), tiny.arrays(model))
 
 
+def test_a_copy_of_the_base_is_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    # PEFT puts it beside an adapted embedding
+    tensors = write_lora(tmp_path / "peft")
+    tensors["base_model.model.embed.base_layer.weight"] = np.ones((tiny.VOCAB, tiny.WIDTH), np.float32)
+    save_file(tensors, tmp_path / "peft" / TENSORS)
+    with caplog.at_level(logging.WARNING, "melora_jax"):
+        found = mj.import_peft(tiny.Encoder(), tmp_path / "peft")
+    assert "holds the base's own embed.base_layer.weight, which is left out: the model's is used" in caplog.text
+    assert len(found.sites) == 2
+
+
 def test_half_precision_is_read_exactly(tmp_path: Path) -> None:
     tensors = write_lora(tmp_path / "peft")
     half = {key: value.astype(jnp.bfloat16) for key, value in tensors.items()}

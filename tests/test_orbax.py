@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from decoder_fixtures import random_decoder
 from flax import nnx
 from safetensors.numpy import load_file
 
@@ -72,6 +73,20 @@ def test_orbax_alone_restores_each_part_bit_for_bit(tmp_path: Path) -> None:
     assert not (tmp_path / "merged" / "melora_config.json").exists()
     tiny.assert_equal(load_file(own / "melora_adapter.safetensors"), expected["adapter"])
     assert json.loads((own / "melora_config.json").read_text())["format"] == "melora_jax"
+
+
+def test_stacked_layers_are_written_one_by_one(tmp_path: Path) -> None:
+    model = random_decoder("llama")
+    mj.adapt(model, mj.MELoRAConfig(n=2, targets=["q_proj"]), rngs=nnx.Rngs(0))
+    mj.save_orbax(model, tmp_path / "before")
+    mj.stack_layers(model)
+    for part in ("adapter", "frozen", "merged"):
+        mj.save_orbax(model, tmp_path / part, part)
+    rows = {part: (tmp_path / part / "README.md").read_text() for part in ("before", "adapter", "frozen", "merged")}
+    assert rows["adapter"] == rows["before"]
+    assert "| `model/layers/1/self_attn/q_proj/kernel` | [42, 60] | float32 |" in rows["frozen"]
+    table = rows["frozen"].partition("| path")[2]
+    assert table == rows["merged"].partition("| path")[2]
 
 
 def test_what_can_not_be_saved_is_said_and_nothing_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
