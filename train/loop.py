@@ -263,6 +263,9 @@ def _introduce(experiment: Experiment, progress: Progress, start: int) -> None:
     progress.note(
         f"{experiment.total_steps:,} steps of {experiment.config.train.batch_size} rows; compiling widths {widths}"
     )
+    if jax.process_count() > 1:
+        command = resume_command(experiment.folder)
+        progress.note(f"{jax.process_count()} processes; should one be lost, continue, on every host, with: {command}")
     if start:
         progress.note(f"resuming after step {start:,}")
 
