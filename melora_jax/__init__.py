@@ -10,6 +10,7 @@ from melora_jax.models import from_pretrained, save_pretrained
 from melora_jax.models.gguf_tokenizer import tokenizer_from_gguf
 from melora_jax.optim import TrainState, make_optimizer, make_train_step, train_state
 from melora_jax.sharding import batch_sharding, make_mesh
+from melora_jax.stacking import Stacking, stack_layers, unstack_layers
 from melora_jax.surgery import Adaptation, adapt, describe, merge, unwrap
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __all__ = [
     "MELoRADense",
     "MELoRAParam",
     "NewTokens",
+    "Stacking",
     "TrainState",
     "adapt",
     "batch_sharding",
@@ -39,8 +41,10 @@ __all__ = [
     "save_adapter",
     "save_pretrained",
     "spectra",
+    "stack_layers",
     "stream",
     "tokenizer_from_gguf",
     "train_state",
+    "unstack_layers",
     "unwrap",
 ]

@@ -17,6 +17,7 @@ from melora_jax.layers import MELoRAParam
 from melora_jax.matching import plan_sites
 from melora_jax.models.families import torch_from_flax
 from melora_jax.spectrum import singular_values
+from melora_jax.stacking import is_stacked, unstacked
 from melora_jax.surgery import CONFIG_ATTRIBUTE, Adaptation, adapt, adapters_of, config_of, describe, require_live
 from melora_jax.views import DenseView, view_of
 
@@ -39,6 +40,7 @@ def adapter_tree(model: nnx.Module) -> AdapterTree:
     """A model's trained arrays and their settings, on the host."""
     config = config_of(model)
     require_live(model)
+    model = unstacked(model, nnx.Param)
     sites = {
         path: SiteFactors(layer.spec, np.asarray(layer.a[...]), np.asarray(layer.b[...]), layer.view.lookup)
         for path, layer in adapters_of(model).items()
@@ -73,8 +75,11 @@ def load_adapter(model: nnx.Module, folder: str | Path) -> Adaptation:
 
     Raises:
       FileNotFoundError: no adapter there.
-      ValueError: damaged files, or an adapter for another model or config. The model is left as it was.
+      ValueError: damaged files, an adapter for another model or config, or a model whose layers are stacked. The model
+        is left as it was.
     """
+    if is_stacked(model):
+        raise ValueError("the model's layers are stacked; load an adapter before, or call unstack_layers(model) first")
     tree = read_adapter(folder)
     if getattr(model, CONFIG_ATTRIBUTE, None) is None:
         _require_fit(tree, *_needs_of_plain(model, tree.config, folder), folder)
@@ -167,6 +172,7 @@ def export_peft(model: nnx.Module, folder: str | Path, format: Literal["lora"] =
     if format != "lora":
         raise ValueError(f'format={format!r} is unknown; choose "lora"')
     tree = adapter_tree(model)
+    model = unstacked(model, nnx.Nothing())
     plain = [path_of(path) for path, node in walk(model) if isinstance(node, nnx.Module) and _is_dense(node)]
     others = set(plain) - {f"{path}/base" for path in tree.sites}
     saved = dict(torch_from_flax(path, value) for path, value in tree.saved.items())
@@ -194,9 +200,8 @@ def spectra(model: nnx.Module) -> dict[str, np.ndarray]:
       ValueError: the model was not adapted.
     """
     config_of(model)
-    return {
-        path: singular_values(*map(np.asarray, layer.packed_factors())) for path, layer in adapters_of(model).items()
-    }
+    sites = adapters_of(unstacked(model, nnx.Param))
+    return {path: singular_values(*map(np.asarray, layer.packed_factors())) for path, layer in sites.items()}
 
 
 def _is_dense(node: nnx.Module) -> bool:

@@ -35,12 +35,17 @@ _trace_mark = jax.make_user_context(default_value=None)
 
 @dataclasses.dataclass
 class _Scope:
-    """An entered key, the trace it was entered in, how often each site has drawn, and the marks to take off again."""
+    """An entered key, the trace it was entered in, how often each site has drawn, and the marks to take off again.
+
+    Inside a scanned run of layers, `layer` is the layer's traced number and `layer_name` what stands for it in `draws`.
+    """
 
     key: jax.Array
     trace: Any
     draws: Counter[str]
     marks: contextlib.ExitStack
+    layer: jax.Array | None = None
+    layer_name: str = ""
 
     @property
     def is_traced(self) -> bool:
@@ -81,12 +86,37 @@ def dropout_key(key: jax.Array | None) -> Iterator[None]:
             _scope.reset(token)
 
 
+@contextlib.contextmanager
+def numbered_layer(number: jax.Array, name: str) -> Iterator[None]:
+    """Inside a scanned run of layers: dropout sites in the block take `number` for the "*" in their path.
+
+    They then draw the masks that they would draw if each layer were called by its own path.
+
+    Args:
+      number: the layer's number, an int32 scalar, traced.
+      name: tells the layers of the scanned block apart, such as the number of the first that it stands for.
+    """
+    outer = _scope.get()
+    if outer is None:
+        yield
+        return
+    with contextlib.ExitStack() as marks:
+        # Inside the scan's trace, clone makes a tracer of a key that was entered outside.
+        key = jax.random.clone(outer.key)
+        marks.enter_context(_trace_mark(object()))
+        token = _scope.set(_Scope(key, get_opaque_trace_state(), outer.draws, marks, number, name))
+        try:
+            yield
+        finally:
+            _scope.reset(token)
+
+
 def key_for_site(path: str) -> jax.Array | None:
     """The key of the next draw at `path`, or `None` in evaluation.
 
-    The digits in a path are folded in one by one after crc32 of the rest, so a scanned stack of layers, which
-    knows its layer's number only as a traced value, can derive the same keys. A site that is called again
-    in one pass (a shared layer) gets a fresh key.
+    The digits in a path are folded in one by one after crc32 of the rest, so a scanned run of layers, which
+    knows its layer's number only as a traced value, derives the same keys (see `numbered_layer`). A site that is
+    called again in one pass (a shared layer) gets a fresh key.
 
     Raises:
       ValueError: a function is traced here for later calls too, and the key was entered around it.
@@ -105,10 +135,13 @@ def key_for_site(path: str) -> jax.Array | None:
     for part in parts:
         if part.isdigit():
             key = jax.random.fold_in(key, int(part))
+        elif part == "*" and scope.layer is not None:
+            key = jax.random.fold_in(key, scope.layer)
     if scope.trace != get_opaque_trace_state():
         scope.marks.enter_context(_trace_mark(object()))  # another call of this inner function draws another mask
-    repeat = scope.draws[path]
-    scope.draws[path] += 1
+    name = path.replace("*", scope.layer_name)
+    repeat = scope.draws[name]
+    scope.draws[name] += 1
     return jax.random.fold_in(key, repeat) if repeat else key
 
 

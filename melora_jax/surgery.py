@@ -6,6 +6,7 @@ changed, so a model that `adapt` refuses is as it was.
 
 from __future__ import annotations
 
+import math
 import zlib
 from typing import Any, TypeVar, overload
 
@@ -21,6 +22,7 @@ from melora_jax.matching import Plan, plan_sites
 from melora_jax.probing import check_outputs_move
 from melora_jax.sharding import put
 from melora_jax.slices import factor_sharding, whole_note
+from melora_jax.stacking import is_stacked, unstack_layers, unstacked
 
 CONFIG_ATTRIBUTE = "melora_config"
 
@@ -45,9 +47,9 @@ def adapt(model: nnx.Module, config: MELoRAConfig, *, rngs: nnx.Rngs, probe: Any
       An `Adaptation`: sites and parameter counts.
 
     Raises:
-      ValueError: the model has adapters already; a target, override, exclusion or module to save matches nothing; a
-        matched module can't be adapted or n does not divide it; the probe finds a site without effect. The
-        message names the path and the remedy, and the model is left as it was.
+      ValueError: the model has adapters already, or its layers are stacked; a target, override, exclusion or module to
+        save matches nothing; a matched module can't be adapted or n does not divide it; the probe finds a site without
+        effect. The message names the path and the remedy, and the model is left as it was.
 
     >>> model = nnx.Sequential(nnx.Linear(4, 6, rngs=nnx.Rngs(0)), nnx.relu)
     >>> config = MELoRAConfig(n=2, r=1, targets="all-linear")
@@ -56,6 +58,10 @@ def adapt(model: nnx.Module, config: MELoRAConfig, *, rngs: nnx.Rngs, probe: Any
     layers/0     4      6  2  1     2          10  packed
     adapters 10 + head 0 = 10 trainable (25.00 %), 30 frozen
     """
+    if is_stacked(model):
+        raise ValueError(
+            "the model's layers are stacked; adapt it first, or take them apart with unstack_layers(model)"
+        )
     if probe is not None:
         trial = nnx.clone(model)
         adapt(trial, config, rngs=nnx.Rngs(0))
@@ -143,11 +149,12 @@ def describe(model: nnx.Module) -> Adaptation:
       ValueError: the model was not adapted.
     """
     config = config_of(model)
+    model = unstacked(model, nnx.Nothing())
     adapters = adapters_of(model)
     sites = tuple(_site(path, layer) for path, layer in adapters.items())
     notes: dict[str, list[str]] = {}
     for path, layer in adapters.items():
-        if note := whole_note(layer.kernel_variable[...], layer.spec):
+        if note := whole_note(layer.kernel_variable.get_raw_value(), layer.spec):
             notes.setdefault(note, []).append(path)
     return Adaptation(
         sites=sites,
@@ -160,7 +167,7 @@ def describe(model: nnx.Module) -> Adaptation:
 
 
 def _size_of(model: nnx.Module, kind: type[nnx.Variable]) -> int:
-    return sum(variable[...].size for _, variable in nnx.to_flat_state(nnx.state(model, kind)))
+    return sum(math.prod(variable.shape) for _, variable in nnx.to_flat_state(nnx.state(model, kind)))
 
 
 def _site(path: str, layer: MELoRADense) -> Site:
@@ -210,7 +217,7 @@ def _plain(model: nnx.Module, merged: bool) -> nnx.Module:
     if not isinstance(model, MELoRADense) and not adapters_of(model):
         config_of(model)  # a model with a trained head and no sites is fine
     require_live(model)
-    copy = nnx.clone(model)
+    copy = unstack_layers(nnx.clone(model))
     # A training step that donates the model's arrays must not delete those of the new model.
     _, _, donated = nnx.split(copy, FrozenParam, ...)
     nnx.update(copy, jax.tree.map(jnp.copy, donated))

@@ -79,8 +79,8 @@ def test_the_measure_is_the_mean_over_answers(place):
     assert measure.weight == batch["weights"].sum()
 
 
-@pytest.mark.parametrize("pack", ["pack", "no-pack"])
-def test_a_run_learns_and_its_adapter_answers(place, pack, capsys):
+@pytest.mark.parametrize(("pack", "stack"), [("pack", "stack-layers"), ("no-pack", "no-stack-layers")])
+def test_a_run_learns_and_its_adapter_answers(place, pack, stack, capsys):
     path = chat_recipe(
         place,
         f"run-{pack}",
@@ -88,7 +88,8 @@ def test_a_run_learns_and_its_adapter_answers(place, pack, capsys):
         optim={"learning_rate": 3e-2},
         train={"epochs": 3},
     )
-    assert main(["run", str(path), f"--instruction.{pack}"]) == 0
+    assert main(["run", str(path), f"--instruction.{pack}", f"--model.{stack}"]) == 0
+    assert ("layers in 1 scanned run" in capsys.readouterr().out) == (stack == "stack-layers")
     run = place / f"run-{pack}"
     evaluations = [event for event in read_metrics(run) if event["kind"] == "eval"]
     assert evaluations[-1]["perplexity"] == pytest.approx(np.exp(evaluations[-1]["loss"]))

@@ -30,6 +30,7 @@ def finish(experiment: Experiment) -> list[str]:
 
 def _write_results(experiment: Experiment) -> list[str]:
     folder = experiment.folder
+    mj.unstack_layers(experiment.model)
     mj.load_adapter(experiment.model, folder / "adapter")
     lines = [f"adapter  {folder / 'adapter'}"]
     if experiment.adaptation.sites:

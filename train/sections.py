@@ -67,6 +67,8 @@ class ModelConfig:
     """Dtype of the model's computation; adapters and optimizer state stay float32."""
     remat: Literal["none", "dots", "full"] = "none"
     """What a decoder's backward pass computes again, to save memory: nothing, all but products, or whole layers."""
+    stack_layers: bool = False
+    """Run equal layers as one scan: a deep model compiles in the time of a shallow one."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from melora_jax.dropout import dropout
+from melora_jax.layer_stack import Layers
 from melora_jax.models.activations import ACTIVATIONS
 from melora_jax.models.attention import attention, padding_bias
 from melora_jax.models.encoder import Parts, checked_ids, checked_types
@@ -118,12 +119,10 @@ class BertEncoder(nnx.Module):
     """The stack of layers."""
 
     def __init__(self, parts: Parts) -> None:
-        self.layer = nnx.List([BertLayer(parts) for _ in range(parts.config.num_layers)])
+        self.layer = Layers([BertLayer(parts) for _ in range(parts.config.num_layers)])
 
     def __call__(self, x: jax.Array, bias: jax.Array | None, path: str) -> jax.Array:
-        for index, layer in enumerate(self.layer):
-            x = layer(x, bias, f"{path}/layer/{index}")
-        return x
+        return self.layer.run(x, lambda layer, x, number, path, _: (layer(x, bias, path), None), f"{path}/layer")[0]
 
 
 class BertPooler(nnx.Module):

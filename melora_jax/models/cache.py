@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -17,8 +18,9 @@ class KVCache(NamedTuple):
     Every call writes its tokens, padding too, at the next places of all rows alike; padding is marked and never seen.
 
     Attributes:
-      keys: `[b, s, f, k]` for each layer, f key and value heads of size k, already turned by RoPE.
-      values: `[b, s, f, k]` for each layer.
+      keys: `[b, s, f, k]` for each layer, f key and value heads of size k, already turned by RoPE; stacked layers
+        have theirs in one array, with the layers as first axis.
+      values: `[b, s, f, k]` for each layer, likewise.
       positions: int32 `[b, s]`, the position of the token at each place.
       valid: bool `[b, s]`, True where there is a token.
       filled: int32, how many places are taken.
@@ -41,19 +43,21 @@ class KVCache(NamedTuple):
         return Tokens(self.positions, self.valid)
 
 
-def empty_cache(layers: int, shape: tuple[int, int, int, int], dtype: jax.typing.DTypeLike) -> KVCache:
+def empty_cache(
+    leads: Sequence[tuple[int, ...]], shape: tuple[int, int, int, int], dtype: jax.typing.DTypeLike
+) -> KVCache:
     """A cache without tokens.
 
     Args:
-      layers: how many layers.
+      leads: for each array, the axes before those of one layer: `()`, or how many layers are stacked in it.
       shape: `(b, s, f, k)` of one layer's keys.
       dtype: of keys and values.
 
-    >>> empty_cache(2, (3, 11, 2, 4), jnp.float32).length
+    >>> empty_cache([(), ()], (3, 11, 2, 4), jnp.float32).length
     11
     """
     # arrays of their own, so that a jitted step can take each of them over
-    keys, values = (tuple(jnp.zeros(shape, dtype) for _ in range(layers)) for _ in range(2))
+    keys, values = (tuple(jnp.zeros((*lead, *shape), dtype) for lead in leads) for _ in range(2))
     positions, valid = jnp.zeros(shape[:2], jnp.int32), jnp.zeros(shape[:2], bool)
     return KVCache(keys, values, positions, valid, jnp.zeros((), jnp.int32))
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
+from melora_jax.layer_stack import Layers
 from melora_jax.models.cache import KVCache, empty_cache, next_positions, place_tokens, require_room
 from melora_jax.models.causal import Tokens, causal_mask, token_positions
 from melora_jax.models.decoder_config import DecoderConfig
-from melora_jax.models.decoder_layers import DecoderLayer, DecoderParts, GemmaLayer, Shared
+from melora_jax.models.decoder_layers import DecoderLayer, DecoderParts, GemmaLayer, KeyValue, Shared
 from melora_jax.models.hugging_face import HuggingFaceModel
 from melora_jax.models.inputs import checked_mask, dropout_on, matrix_of_whole_numbers, require_below, require_shape
 from melora_jax.models.layer_types import SLIDING
@@ -42,7 +44,7 @@ class DecoderModel(HuggingFaceModel):
         self.remat = remat
         self.embed_tokens = parts.embed()
         kind = GemmaLayer if sizes.gemma else DecoderLayer
-        self.layers = nnx.List([kind(parts, sizes.window_of(index)) for index in range(sizes.num_layers)])
+        self.layers = Layers([kind(parts, sizes.window_of(index)) for index in range(sizes.num_layers)])
         self.norm = parts.norm(sizes.hidden_size)
 
     def __call__(
@@ -84,9 +86,7 @@ class DecoderModel(HuggingFaceModel):
 
         shared = self._shared(tokens, mask_for, first)
         with dropout_on(key):
-            x = self._embedded(ids)
-            for index, layer in enumerate(self.layers):
-                x = self._run(layer, x, shared[self.sizes.layer_types[index]], f"{self.prefix}layers/{index}")
+            x, _ = self._run(self._embedded(ids), shared, None)
         return self.norm(x)
 
     def make_cache(self, batch: int, length: int, dtype: jax.typing.DTypeLike | None = None) -> KVCache:
@@ -99,7 +99,7 @@ class DecoderModel(HuggingFaceModel):
         """
         sizes = self.sizes
         shape = (batch, length, sizes.num_kv_heads, sizes.head_dim)
-        return empty_cache(sizes.num_layers, shape, self.embed_tokens.dtype if dtype is None else dtype)
+        return empty_cache(self.layers.leads(), shape, self.embed_tokens.dtype if dtype is None else dtype)
 
     def advance(
         self,
@@ -131,11 +131,7 @@ class DecoderModel(HuggingFaceModel):
         first, cache = cache.filled, place_tokens(cache, valid, positions)
         queries = Tokens(positions)
         shared = self._shared(queries, lambda window: causal_mask(queries, cache.tokens, first, window), first)
-        x, kept = self._embedded(ids), []
-        for index, layer in enumerate(self.layers):
-            cached = cache.keys[index], cache.values[index]
-            x, cached = layer(x, shared[self.sizes.layer_types[index]], cached, f"{self.prefix}layers/{index}")
-            kept.append(cached)
+        x, kept = self._run(self._embedded(ids), shared, list(zip(cache.keys, cache.values, strict=True)))
         keys, values = zip(*kept, strict=True)
         return jnp.where(fits, self.norm(x), jnp.nan), cache._replace(keys=keys, values=values)
 
@@ -162,16 +158,28 @@ class DecoderModel(HuggingFaceModel):
             shared[kind] = Shared(*rotations(rope, tokens.positions), mask, first)
         return shared
 
-    def _run(self, layer: DecoderLayer, x: jax.Array, shared: Shared, path: str) -> jax.Array:
-        if self.remat == "none":
-            return layer(x, shared, None, path)[0]
-        graphdef, state = nnx.split(layer)
+    def _run(
+        self, x: jax.Array, shared: dict[str, Shared], cached: Sequence[KeyValue] | None
+    ) -> tuple[jax.Array, list[KeyValue]]:
+        """All layers. A cache is for generating, without a backward pass to save memory for."""
 
-        @partial(jax.checkpoint, policy=_POLICIES[self.remat])
-        def run(state: nnx.State, x: jax.Array, shared: Shared) -> jax.Array:
-            return nnx.merge(graphdef, state, copy=True)(x, shared, None, path)[0]
+        def call(layer: DecoderLayer, x: jax.Array, number: int, path: str, entry: KeyValue | None) -> Any:
+            own = shared[self.sizes.layer_types[number]]
+            if self.remat == "none" or entry is not None:
+                return layer(x, own, entry, path)
+            return _rematerialised(layer, x, own, path, self.remat), None
 
-        return run(state, x, shared)
+        return self.layers.run(x, call, f"{self.prefix}layers", cached)
+
+
+def _rematerialised(layer: DecoderLayer, x: jax.Array, shared: Shared, path: str, remat: str) -> jax.Array:
+    graphdef, state = nnx.split(layer)
+
+    @partial(jax.checkpoint, policy=_POLICIES[remat])
+    def run(state: nnx.State, x: jax.Array, shared: Shared) -> jax.Array:
+        return nnx.merge(graphdef, state, copy=True)(x, shared, None, path)[0]
+
+    return run(state, x, shared)
 
 
 def _checked_positions(position_ids: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array | None:

@@ -7,6 +7,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from melora_jax.dropout import dropout
+from melora_jax.layer_stack import Layers
 from melora_jax.models.activations import ACTIVATIONS
 from melora_jax.models.attention import attention, padding_bias
 from melora_jax.models.bert import positions
@@ -78,12 +79,10 @@ class DistilBertTransformer(nnx.Module):
     """The stack of layers."""
 
     def __init__(self, parts: Parts) -> None:
-        self.layer = nnx.List([DistilBertLayer(parts) for _ in range(parts.config.num_layers)])
+        self.layer = Layers([DistilBertLayer(parts) for _ in range(parts.config.num_layers)])
 
     def __call__(self, x: jax.Array, bias: jax.Array | None, path: str) -> jax.Array:
-        for index, layer in enumerate(self.layer):
-            x = layer(x, bias, f"{path}/layer/{index}")
-        return x
+        return self.layer.run(x, lambda layer, x, number, path, _: (layer(x, bias, path), None), f"{path}/layer")[0]
 
 
 class DistilBertModel(HuggingFaceModel):

@@ -17,6 +17,7 @@ from melora_jax.models.families import listed, torch_from_flax
 from melora_jax.models.gguf_tokenizer import tokenizer_from_gguf
 from melora_jax.models.hugging_face import HuggingFaceModel
 from melora_jax.models.load import variables_of
+from melora_jax.stacking import unstacked
 from melora_jax.storage import atomic_folder, write_tensors
 
 _log = logging.getLogger("melora_jax")
@@ -48,7 +49,7 @@ def save_pretrained(model: Model, folder: str | Path, tokenizer_from: str | Path
     ...     sorted(file.name for file in Path(parent, "saved").iterdir())
     ['config.json', 'model.safetensors']
     """
-    variables = variables_of(model)
+    variables = variables_of(unstacked(model))
     _require_layout(model, variables)
     write_tokenizer = _tokenizer_writer(model, tokenizer_from)
     tensors = dict(torch_from_flax(path, np.asarray(variable.get_value())) for path, variable in variables.items())
