@@ -193,7 +193,7 @@ def _join(arrays: Sequence[Any]) -> Any:
     first = arrays[0]
     if isinstance(first, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct((len(arrays), *first.shape), first.dtype)
-    if isinstance(placed := first.sharding, NamedSharding):
+    if isinstance(placed := getattr(first, "sharding", None), NamedSharding):
         # each layer's part stays on its device, whatever XLA would choose
         whole = NamedSharding(placed.mesh, PartitionSpec(None, *placed.spec))
         return jax.jit(lambda *parts: jnp.stack(parts), out_shardings=whole)(*arrays)
