@@ -13,7 +13,6 @@ The tree of a layer before and after `adapt`::
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,14 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AbstractMesh
 
 from melora_jax import blocks, checks
 from melora_jax.config import AdapterSpec, Init, Mixer, Scaling, Strategy
 from melora_jax.parallel import ParallelDot
 from melora_jax.quantization import QuantizedLinear
 from melora_jax.sharding import active_mesh
-from melora_jax.slices import beside_base
+from melora_jax.slices import product_with_adapter
 from melora_jax.update import attend_update, in_dtype_of, merged_kernel, update_of
 from melora_jax.views import DenseView, unadaptable, view_at_call, view_of
 
@@ -144,23 +142,17 @@ class MELoRADense(nnx.Module):
     def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         """The base layer's output plus the adapter's; further arguments go to the base layer."""
         mesh = active_mesh()
-        if mesh is not None and isinstance(dot := getattr(self.base, "dot_general", None), ParallelDot):
-            return self._call_on_mesh(x, mesh, dot)
+        if mesh is not None and isinstance(getattr(self.base, "dot_general", None), ParallelDot):
+            return product_with_adapter(
+                self.base, mesh, x, self._factors_for, self.scale, self.spec, self.strategy, self.path
+            )
         y = self.base(x, *args, **kwargs)
         view = self._view_for_call(*args, **kwargs)
         return y + update_of(self, view, x, y, self.a[...], self.b[...])
 
-    def _call_on_mesh(self, x: jax.Array, mesh: AbstractMesh, dot: ParallelDot) -> jax.Array:
-        """The same on a mesh, each device's part of base and adapter summed before anything is sent."""
-        base: Any = self.base
-        bias = None if base.bias is None else base.bias[...]
-        x, kernel, bias = base.promote_dtype((x, base.kernel[...], bias), dtype=base.dtype)
-        options = {"precision": base.precision, "preferred_element_type": base.preferred_element_type}
-        y = jax.eval_shape(functools.partial(jnp.matmul, preferred_element_type=base.preferred_element_type), x, kernel)
-        factors = in_dtype_of(self, self.a[...], y), in_dtype_of(self, self.b[...], y)
-        beside = beside_base(dot.form(mesh), mesh, x, factors, self.scale, self.spec, self.strategy, self.path)
-        product = dot.product(x, kernel, beside, **options)
-        return product if bias is None else product + bias
+    def _factors_for(self, y: jax.Array | jax.ShapeDtypeStruct) -> tuple[jax.Array, jax.Array]:
+        """A and B in the dtype of the computation."""
+        return in_dtype_of(self, self.a[...], y), in_dtype_of(self, self.b[...], y)
 
     def _view_for_call(self, *args: Any, **kwargs: Any) -> DenseView:
         """The base's view, or that of an equation given to an Einsum at the call."""

@@ -8,6 +8,10 @@ of the factors cross.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,14 +44,51 @@ def factor_sharding(kernel: object, spec: AdapterSpec) -> NamedSharding | None:
     return NamedSharding(mesh, PartitionSpec(TENSOR) if along else PartitionSpec())
 
 
-def whole_note(kernel: object, spec: AdapterSpec) -> str | None:
-    """What to tell of an adapter that is not cut over `tensor`, with the reason; None where it is, or nothing is."""
+def whole_notes(adapters: Iterable[tuple[str, object, AdapterSpec]]) -> tuple[str, ...]:
+    """What to tell of adapters, (path, kernel, spec), that are not cut over `tensor`: which, and why."""
+    notes: dict[str, list[str]] = {}
+    for path, kernel, spec in adapters:
+        if note := _whole_note(kernel, spec):
+            notes.setdefault(note, []).append(path)
+    return tuple(f"{', '.join(paths)}: {note}" for note, paths in notes.items())
+
+
+def _whole_note(kernel: object, spec: AdapterSpec) -> str | None:
     mesh = mesh_of(kernel)
     tensor = 1 if mesh is None else mesh.shape[TENSOR]
     if tensor == 1 or not isinstance(placed := getattr(kernel, "sharding", None), NamedSharding):
         return None
     reason = why_whole(spec, tensor) if TENSOR in placed.spec else f"its kernel is not cut over tensor={tensor}"
     return None if reason is None else f"factors whole on each device, as {reason}"
+
+
+def product_with_adapter(
+    base: Any,
+    mesh: AbstractMesh,
+    x: jax.Array,
+    factors_for: Callable[[Any], tuple[jax.Array, jax.Array]],
+    scale: np.ndarray,
+    spec: AdapterSpec,
+    strategy: Strategy,
+    path: str,
+) -> jax.Array:
+    """A dense layer's output plus its adapter's, each device's parts of both summed before anything is sent.
+
+    Args:
+      base: an `nnx.Linear` whose `dot_general` is a `ParallelDot`.
+      mesh: the mesh in force.
+      x: its input `[..., d_in]`.
+      factors_for: A and B in the dtype that goes with an output's.
+      scale, spec, strategy, path: as for `beside_base`.
+    """
+    bias = None if base.bias is None else base.bias[...]
+    x, kernel, bias = base.promote_dtype((x, base.kernel[...], bias), dtype=base.dtype)
+    output = functools.partial(jnp.matmul, preferred_element_type=base.preferred_element_type)
+    factors = factors_for(jax.eval_shape(output, x, kernel))
+    beside = beside_base(base.dot_general.form(mesh), mesh, x, factors, scale, spec, strategy, path)
+    options = {"precision": base.precision, "preferred_element_type": base.preferred_element_type}
+    y = base.dot_general.product(x, kernel, beside, **options)
+    return y if bias is None else y + bias
 
 
 def beside_base(

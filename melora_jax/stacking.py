@@ -197,11 +197,11 @@ def _join(arrays: Sequence[Any]) -> Any:
     first = arrays[0]
     if isinstance(first, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct((len(arrays), *first.shape), first.dtype)
-    placed = getattr(first, "sharding", None)
-    if not isinstance(placed, NamedSharding):
-        return jnp.stack(arrays)
-    # on a mesh the layers are never cut, and each of their axes as it was
-    return jax.jit(jnp.stack, out_shardings=NamedSharding(placed.mesh, PartitionSpec(None, *placed.spec)))(arrays)
+    if isinstance(placed := getattr(first, "sharding", None), NamedSharding):
+        # each layer's part stays on its device, whatever XLA would choose
+        whole = NamedSharding(placed.mesh, PartitionSpec(None, *placed.spec))
+        return jax.jit(lambda *parts: jnp.stack(parts), out_shardings=whole)(*arrays)
+    return jnp.stack(arrays)
 
 
 def _unstacked(layers: Layers, path: str) -> Iterator[nnx.Module]:

@@ -23,7 +23,7 @@ from melora_jax.matching import Plan, plan_sites
 from melora_jax.probing import check_outputs_move
 from melora_jax.serving import rank_note, served_rank
 from melora_jax.sharding import put
-from melora_jax.slices import factor_sharding, whole_note
+from melora_jax.slices import factor_sharding, whole_notes
 from melora_jax.stacking import is_stacked, unstacked
 
 CONFIG_ATTRIBUTE = "melora_config"
@@ -166,17 +166,15 @@ def describe(model: nnx.Module) -> Adaptation:
     config = config_of(model)
     adapters = adapters_of(unstacked(model, nnx.Nothing()))
     sites = tuple(_site(path, layer) for path, layer in adapters.items())
-    notes: dict[str, list[str]] = {}
-    for path, layer in adapters.items():
-        if note := whole_note(layer.kernel_variable.get_raw_value(), layer.spec):
-            notes.setdefault(note, []).append(path)
     return Adaptation(
         sites=sites,
         adapter=sum(site.parameters for site in sites),
         head=_size_of(model, nnx.Param) - _size_of(model, MELoRAParam),
         frozen=_size_of(model, FrozenParam),
         saved=tuple(config.modules_to_save),
-        notes=tuple(f"{', '.join(paths)}: {note}" for note, paths in notes.items()),
+        notes=whole_notes(
+            (path, layer.kernel_variable.get_raw_value(), layer.spec) for path, layer in adapters.items()
+        ),
     )
 
 

@@ -48,7 +48,8 @@ def check_training(folder: Path, family: str, mesh: jax.sharding.Mesh) -> dict[s
     with TensorFile(folder / family / "model.safetensors") as file:
         tensors = [file.read(key) for key in file.keys()]
     stored = {layout.tobytes() for tensor in tensors for layout in (tensor, tensor.T)}
-    as_stored = {value.tobytes() for value in run.frozen.values()} <= stored
+    single = [layer for path, value in run.frozen.items() for layer in (value if "/block/" in path else [value])]
+    as_stored = {value.tobytes() for value in single} <= stored
     cut = sum("tensor" in spec for spec in run.placed.values())
     return compare(run, alone(folder, family)) | {"as_stored": as_stored, "cut": cut}
 
@@ -68,8 +69,8 @@ def check_masks(mesh: jax.sharding.Mesh) -> dict[str, Any]:
 def check_guard(folder: Path, mesh: jax.sharding.Mesh) -> dict[str, str]:
     """What the guard says of models as they are, and of one whose row-parallel products XLA is left to partition."""
     said = {}
-    for family, (task, labels) in TASKS.items():
-        said[family] = guarded(folder / family, family, mesh, task, labels)
+    for family in ("bert", "llama"):
+        said[family] = guarded(folder / family, family, mesh, *TASKS[family])
     ours, ParallelDot.product = ParallelDot.product, left_to_xla(ParallelDot.product)
     said["left to XLA"] = guarded(folder / "llama", "llama", mesh, "causal-lm", None)
     ParallelDot.product = ours

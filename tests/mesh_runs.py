@@ -41,7 +41,8 @@ DECODER = {
     "initializer_range": 0.1,
     "tie_word_embeddings": False,
 }
-TASKS = {"bert": ("sequence-classification", 3), "llama": ("causal-lm", None)}
+DEEP = DECODER | {"num_hidden_layers": 3}
+TASKS = {"bert": ("sequence-classification", 3), "llama": ("causal-lm", None), "deep": ("causal-lm", None)}
 TARGETS = {
     "bert": r".*/(query|key|value|dense)",
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -49,6 +50,8 @@ TARGETS = {
 OTHER_N = {"bert": {}, "llama": {"k_proj": 4, "v_proj": 4}}
 WHOLE: dict[str, Any] = {"targets": [], "layers": None, "n_pattern": {}}
 HEADS = {"bert": "classifier", "llama": "lm_head"}
+for table in (TARGETS, OTHER_N, HEADS):
+    table["deep"] = table["llama"]  # the same, three layers deep, and stacked
 
 
 class Run(NamedTuple):
@@ -61,9 +64,9 @@ class Run(NamedTuple):
 
 
 def write_checkpoints(folder: Path) -> None:
-    for number, config in enumerate((ENCODER, DECODER)):
-        task = "encoder" if config is ENCODER else "causal-lm"
-        save_pretrained(model_from_config(config, task=task, rngs=nnx.Rngs(number)), folder / config["model_type"])
+    for number, (name, config) in enumerate({"bert": ENCODER, "llama": DECODER, "deep": DEEP}.items()):
+        task = "encoder" if name == "bert" else "causal-lm"
+        save_pretrained(model_from_config(config, task=task, rngs=nnx.Rngs(number)), folder / name)
 
 
 def batch_of(family: str, step: int) -> dict[str, np.ndarray]:
@@ -88,8 +91,14 @@ def adapted(folder: Path, family: str, mesh: Mesh | None, **changes: Any) -> Any
     """The model with adapters of n=8 (or as `changes` say) that are not zero."""
     task, labels = TASKS[family]
     model = mj.from_pretrained(folder / family, task=task, num_labels=labels, mesh=mesh)
-    settings: dict[str, Any] = {"n": 8, "r": 2, "dropout": 0.2, "targets": TARGETS[family], "layers": [0]}
-    settings |= {"n_pattern": OTHER_N[family]}
+    settings: dict[str, Any] = {
+        "n": 8,
+        "r": 2,
+        "dropout": 0.2,
+        "targets": TARGETS[family],
+        "n_pattern": OTHER_N[family],
+    }
+    settings["layers"] = [0, 1, 2] if family == "deep" else [0]
     config = mj.MELoRAConfig(**(settings | {"modules_to_save": [HEADS[family]]} | changes))
     mj.adapt(model, config, rngs=nnx.Rngs(1))
     rng = np.random.default_rng(3)
@@ -101,6 +110,8 @@ def adapted(folder: Path, family: str, mesh: Mesh | None, **changes: Any) -> Any
 
 def train(folder: Path, family: str, mesh: Mesh | None, accumulate: int = 2, **changes: Any) -> Run:
     model = adapted(folder, family, mesh, **changes)
+    if family == "deep":
+        mj.stack_layers(model)
     tx = mj.make_optimizer(model, 1e-3, head_learning_rate=1e-3, clip_norm=1.0)
     step = mj.make_train_step(model, tx, loss, accumulate=accumulate, mesh=mesh)
     state, frozen = mj.train_state(model, tx)

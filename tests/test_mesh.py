@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SOME = ["bert:2,2,2", "bert:8,1,1", "llama:2,2,2", "llama:1,1,8"]
+SOME = ["bert:2,2,2", "bert:8,1,1", "llama:2,2,2", "llama:1,1,8", "deep:2,2,2"]
 REST = [f"{family}:{sizes}" for family in ("bert", "llama") for sizes in ("1,8,1", "4,2,1", "2,1,4", "1,2,4")]
 REST += ["bert:1,1,8", "llama:8,1,1"]
 WHOLE = ["whole-bert:2,2,2", "whole-llama:2,2,2"]

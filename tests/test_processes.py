@@ -18,7 +18,7 @@ import tiny_run
 
 ROOT = Path(__file__).resolve().parents[1]
 ADAPTER = {"n": 2, "r": 1, "dropout": 0.1, "targets": ["query", "value", "output.dense"]}
-TRAIN = {"epochs": 2, "batch_size": 8, "accumulate": 2, "eval_batch_size": 8, "log_every": 1, "seed": 7}
+TRAIN = {"epochs": 4, "batch_size": 8, "accumulate": 2, "eval_batch_size": 8, "log_every": 1, "seed": 7}
 TWO = {"mesh.data": 2, "mesh.tensor": 2}
 _STARTED: list[Any] = []
 EIGHT = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
@@ -26,7 +26,7 @@ EIGHT = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """14 steps of a BERT that two devices can share: two heads, an even inner size."""
+    """28 steps of a BERT that two devices can share: two heads, an even inner size."""
     sizes = tiny_run.SIZES | {"num_attention_heads": 2, "intermediate_size": 20, "hidden_dropout_prob": 0.1}
     folder = tiny_run.make_material(tmp_path_factory.mktemp("processes"), sizes)
     return tiny_run.recipe(folder, adapter=ADAPTER, train=TRAIN, data={"buckets": [24]})
@@ -90,9 +90,10 @@ def events(recipe: Path, name: str) -> list[Any]:
     return [json.loads(line) for line in lines]
 
 
-def wait_for_step(recipe: Path, name: str, step: int) -> None:
+def wait_for_step(recipe: Path, name: str, step: int, not_in: int | None = None) -> None:
+    """Waits until a step is logged, in a log that is not the file `not_in`: a resumed run writes a new one."""
     log, until = recipe.parent / name / "metrics.jsonl", time.monotonic() + 200
-    while not log.exists() or f'"step": {step},' not in log.read_text(encoding="utf-8"):
+    while not log.exists() or log.stat().st_ino == not_in or f'"step": {step},' not in log.read_text(encoding="utf-8"):
         assert time.monotonic() < until, "the run has not come so far"
         time.sleep(0.05)
 
@@ -134,10 +135,18 @@ def test_hosts_with_different_recipes_are_told_so(recipe: Path) -> None:
 
 @pytest.mark.exhaustive
 def test_any_mesh_goes_on_with_another_ones_checkpoint(recipe: Path, alone: list[Any]) -> None:
-    [process] = start(recipe, "eight", devices=8, **EIGHT)
-    wait_for_step(recipe, "eight", 9)
+    [process] = start(recipe, "passed on", devices=8, **EIGHT)
+    wait_for_step(recipe, "passed on", 8)
     process.send_signal(signal.SIGKILL)
     ended(process)
-    resumed = start(recipe, "eight", "--resume", devices=1, processes=4, **{"mesh.data": -1})
-    assert [ended(process)[0] for process in resumed] == [0, 0, 0, 0]
-    check_same(events(recipe, "eight"), alone)
+    log = (recipe.parent / "passed on" / "metrics.jsonl").stat().st_ino
+    four = start(recipe, "passed on", "--resume", processes=4, **{"mesh.data": 2, "mesh.tensor": 2})
+    wait_for_step(recipe, "passed on", 10, not_in=log)
+    four[2].send_signal(signal.SIGTERM)  # to one: all stop after the same step
+    codes, outputs = zip(*map(ended, four), strict=True)
+    assert codes == (128 + signal.SIGTERM,) * 4, outputs
+    assert "stopped by SIGTERM after step" in outputs[0]
+    [process] = start(recipe, "passed on", "--resume", devices=8, **{"mesh.fsdp": 4, "mesh.tensor": 2})
+    code, output = ended(process)
+    assert code == 0, output
+    check_same(events(recipe, "passed on"), alone)

@@ -24,7 +24,7 @@ from melora_jax.graph import path_of
 from melora_jax.models import model_from_config
 from melora_jax.parallel import ParallelDot, require_mesh
 from melora_jax.sharding import AXES, Layout, batch_spec, constrain, logical_axes, shardings_like
-from melora_jax.slices import factor_sharding, whole_note, why_whole
+from melora_jax.slices import factor_sharding, whole_notes, why_whole
 from melora_jax.storage import TensorFile, write_tensors
 from train.config import from_toml
 from train.experiment import prepare
@@ -132,7 +132,7 @@ def test_minis_are_cut_where_their_number_divides(n: int, mixer: Any, reason: st
 def test_off_a_mesh_factors_go_nowhere_and_need_no_word() -> None:
     spec, kernel = AdapterSpec(n=2, r=(1, 1), alpha=(1.0, 1.0)), jax.numpy.ones((4, 4))
     assert factor_sharding(kernel, spec) is None
-    assert whole_note(kernel, spec) is None
+    assert whole_notes([("layer", kernel, spec)]) == ()
 
 
 def test_optimizer_state_lies_as_its_parameters_do() -> None:

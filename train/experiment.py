@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 import melora_jax as mj
 from train.config import RunConfig
@@ -45,6 +45,14 @@ class Experiment:
     def eval_every(self) -> int:
         """Steps between evaluations."""
         return self.config.train.eval_every or self.material.plan.steps_per_epoch
+
+    def key(self) -> jax.Array:
+        """The key of the run's dropout, on all its devices."""
+
+        def draw() -> jax.Array:
+            return jax.random.fold_in(jax.random.key(self.config.train.seed), 2)
+
+        return draw() if self.mesh is None else jax.jit(draw, out_shardings=NamedSharding(self.mesh, jax.P()))()
 
     @property
     def folder(self) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import signal
 import time
 from collections.abc import Mapping
@@ -12,8 +11,6 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding
-from rich.console import Console
 
 import melora_jax as mj
 from train.checkpoint import Bookkeeping, Checkpoints
@@ -29,6 +26,7 @@ from train.leftovers import clear_leftovers
 from train.metrics import is_better
 from train.progress import Progress, memory_in_use
 from train.record import MetricsLog, NoLog
+from train.reporting import introduce, make_log, make_progress
 from train.run_folder import resume_command
 
 
@@ -52,7 +50,7 @@ def run(experiment: Experiment, resume: bool = False) -> Outcome:
     check_folder(folder, resume)
     meet("every process has looked at the folder that the first one is about to change")
     state, frozen = mj.train_state(experiment.model, experiment.tx)
-    key = _run_key(experiment)
+    key = experiment.key()
     with Checkpoints(folder / "checkpoints") as checkpoints:
         notes, saved = Bookkeeping(config=to_toml(experiment.config)), checkpoints.latest() is not None
         if saved:
@@ -67,11 +65,11 @@ def run(experiment: Experiment, resume: bool = False) -> Outcome:
         # A run that was killed before its first checkpoint begins again, and none of its events counts.
         logged = (start if saved else -1) if resume else None
         with (
-            _progress(experiment, start) as progress,
-            _log(experiment, logged, notes) as log,
+            make_progress(experiment, start) as progress,
+            make_log(experiment, logged, notes.unevaluated) as log,
             make_interrupt(experiment.mesh) as interrupt,
         ):
-            _introduce(experiment, progress, start)
+            introduce(experiment, progress, start)
             steps = compile_steps(experiment, state, frozen, key)
             session = _Session(experiment, checkpoints, log, progress, steps, notes)
             try:
@@ -83,25 +81,6 @@ def run(experiment: Experiment, resume: bool = False) -> Outcome:
                 if jax.process_count() == 1:
                     raise
                 raise HostLostError(error, checkpoints.describe_latest(), folder) from error
-
-
-def _run_key(experiment: Experiment) -> jax.Array:
-    """The key of the run's dropout, on all its devices."""
-
-    def key() -> jax.Array:
-        return jax.random.fold_in(jax.random.key(experiment.config.train.seed), 2)
-
-    return key() if experiment.mesh is None else jax.jit(key, out_shardings=NamedSharding(experiment.mesh, jax.P()))()
-
-
-def _progress(experiment: Experiment, start: int) -> Progress:
-    console = None if is_first() else Console(quiet=True, file=io.StringIO())
-    return Progress(experiment.total_steps, experiment.config.train.epochs, start_step=start, console=console)
-
-
-def _log(experiment: Experiment, logged: int | None, notes: Bookkeeping) -> MetricsLog | NoLog:
-    board = experiment.config.train.tensorboard
-    return MetricsLog(experiment.folder, board, logged, notes.unevaluated) if is_first() else NoLog()
 
 
 @dataclasses.dataclass
@@ -253,18 +232,6 @@ class _Session:
         nnx.update(self.experiment.model, whole_on_host(state.trainable))
         if is_first():
             mj.save_adapter(self.experiment.model, self.experiment.folder / "adapter", scores=scores)
-
-
-def _introduce(experiment: Experiment, progress: Progress, start: int) -> None:
-    progress.note(str(experiment.adaptation))
-    for note in experiment.material.notes:
-        progress.note(note)
-    widths = ", ".join(map(str, experiment.material.plan.widths))
-    progress.note(
-        f"{experiment.total_steps:,} steps of {experiment.config.train.batch_size} rows; compiling widths {widths}"
-    )
-    if start:
-        progress.note(f"resuming after step {start:,}")
 
 
 def exit_code(outcome: Outcome) -> int:
