@@ -16,7 +16,7 @@ from melora_jax.fit import head_of, require_fit
 from melora_jax.graph import path_of, walk
 from melora_jax.interchange import read_adapter, write_adapter
 from melora_jax.matching import plan_sites
-from melora_jax.model_card import license_in
+from melora_jax.model_card import Provenance, license_in
 from melora_jax.models.families import torch_from_flax
 from melora_jax.peft_export import PeftFormat, PeftHost, write_peft
 from melora_jax.peft_import import read_peft
@@ -25,19 +25,31 @@ from melora_jax.stacking import is_stacked, unstacked
 from melora_jax.surgery import CONFIG_ATTRIBUTE, Adaptation, adapt, adapters_of, config_of, describe, require_live
 
 
-def save_adapter(model: nnx.Module, folder: str | Path, *, scores: Mapping[str, float] | None = None) -> Path:
+def save_adapter(
+    model: nnx.Module,
+    folder: str | Path,
+    *,
+    scores: Mapping[str, float] | None = None,
+    data: str | None = None,
+) -> Path:
     """Writes a model's factors and saved modules, a few MB whatever the base's size, and a model card.
 
     Args:
       model: an adapted model.
       folder: made if absent; an existing adapter there is replaced as a whole, or kept if writing fails.
       scores: what was measured, name to value, for the card. A README.md that a person wrote is kept instead.
+      data: what it was trained on, in words or by name, for the card.
 
     Raises:
       ValueError: the model was not adapted, or a training step has deleted its arrays.
       OSError: the disk refuses.
     """
-    return write_adapter(adapter_tree(model), folder, scores, license_in(getattr(model, "folder", "")))
+    return write_adapter(adapter_tree(model), folder, provenance_of(model, scores, data))
+
+
+def provenance_of(model: nnx.Module, scores: Mapping[str, float] | None = None, data: str | None = None) -> Provenance:
+    """What a model card says of where a model's adapter comes from; the licence is that in the base's own card."""
+    return Provenance(scores, data, license_in(getattr(model, "folder", "")))
 
 
 def adapter_tree(model: nnx.Module) -> AdapterTree:
@@ -135,6 +147,7 @@ def export_peft(
     format: PeftFormat = "lora",
     *,
     scores: Mapping[str, float] | None = None,
+    data: str | None = None,
 ) -> Path:
     """Writes the adapter in PEFT's format: exact, and read by PEFT, vLLM, SGLang and llama.cpp's converter.
 
@@ -143,6 +156,7 @@ def export_peft(
       folder: replaced as a whole, or kept if writing fails.
       format: `"lora"`, plain LoRA of rank Σ r_k, or `"bdlora"`, which PEFT alone reads: no zeros in A.
       scores: what was measured, name to value, for the model card.
+      data: what it was trained on, in words or by name, for the model card.
 
     Raises:
       ValueError: no adapters, an unknown format, or adapters that `"bdlora"` can't hold.
@@ -150,7 +164,7 @@ def export_peft(
     The plain file holds the zeros off the diagonal too, n times the adapter's own size.
     """
     tree = adapter_tree(model)
-    return write_peft(tree, peft_host(model, tree), folder, format, scores)
+    return write_peft(tree, peft_host(model, tree), folder, format, provenance_of(model, scores, data))
 
 
 def peft_host(model: nnx.Module, tree: AdapterTree) -> PeftHost:
@@ -166,7 +180,6 @@ def peft_host(model: nnx.Module, tree: AdapterTree) -> PeftHost:
         saved=saved,
         other_modules=set(dense) - {f"{path}/base" for path in tree.sites} - set(tree.sites),
         tied=tied is not None and (tied in tree.sites or f"{tied}/embedding" in tree.saved),
-        license=license_in(getattr(model, "folder", "")),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from flax import nnx
 
 from melora_jax.adapter_tree import AdapterTree
-from melora_jax.adapters import import_peft, load_adapter, peft_host
+from melora_jax.adapters import import_peft, load_adapter, peft_host, provenance_of
 from melora_jax.arithmetic import Approximation, compress
 from melora_jax.difference import compress_difference
 from melora_jax.inspection import read_any
@@ -30,7 +30,8 @@ def export_folder(adapter: str | Path, folder: str | Path, *, format: PeftFormat
       ValueError: damaged files, a base that is not named, or an adapter that the format can't hold.
     """
     tree = read_any(adapter)
-    return write_peft(tree, peft_host(_without_values(tree, _base_of(tree, base, adapter)), tree), folder, format)
+    model = _without_values(tree, _base_of(tree, base, adapter))
+    return write_peft(tree, peft_host(model, tree), folder, format, provenance_of(model))
 
 
 def merge_folder(adapter: str | Path, folder: str | Path, *, base: str | None) -> Path:

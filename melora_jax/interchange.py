@@ -19,28 +19,25 @@ import numpy as np
 
 from melora_jax.adapter_tree import FORMAT_VERSION, AdapterTree, SiteFactors
 from melora_jax.config import AdapterSpec, MELoRAConfig
-from melora_jax.model_card import write_card
+from melora_jax.model_card import Provenance, write_card
 from melora_jax.storage import TensorFile, atomic_folder, read_json, write_tensors
 
 CONFIG_FILE = "melora_config.json"
 TENSOR_FILE = "melora_adapter.safetensors"
 
 
-def write_adapter(
-    tree: AdapterTree, folder: str | Path, scores: Mapping[str, float] | None = None, license: str | None = None
-) -> Path:
+def write_adapter(tree: AdapterTree, folder: str | Path, provenance: Provenance | None = None) -> Path:
     """Writes our format, replacing `folder` as a whole or, on any error, not at all.
 
     Args:
       tree: the adapter.
       folder: the folder.
-      scores: name to value, for the model card.
-      license: the base model's, for the model card.
+      provenance: where the adapter comes from, for the model card.
     """
     with atomic_folder(folder) as place:
         write_tensors(place / TENSOR_FILE, tree.tensors(), {"format": "melora_jax"})
         write_json(place / CONFIG_FILE, tree.facts())
-        write_card(place, folder, tree, scores=scores, license=license)
+        write_card(place, folder, tree, provenance or Provenance())
     return Path(folder)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -16,15 +17,29 @@ CARD_FILE = "README.md"
 _MARK = "<!-- written by melora_jax; a card without this line is kept as it is -->"
 
 
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+    """Where an adapter comes from, as far as it is known.
+
+    Attributes:
+      scores: what was measured, name to value.
+      data: what it was trained on, in words or by name.
+      license: the base model's licence.
+    """
+
+    scores: Mapping[str, float] | None = None
+    data: str | None = None
+    license: str | None = None
+
+
 def write_card(
     place: Path,
     folder: str | Path,
     tree: AdapterTree,
+    provenance: Provenance,
     *,
     rank: int | None = None,
     format: str | None = None,
-    scores: Mapping[str, float] | None = None,
-    license: str | None = None,
 ) -> None:
     """Writes README.md into `place`, or takes over the one in `folder` that a person wrote.
 
@@ -32,32 +47,26 @@ def write_card(
       place: the folder to write into.
       folder: the folder that `place` will replace.
       tree: the adapter.
+      provenance: where it comes from.
       rank, format: of an export in PEFT's format; None for our own format.
-      scores: what was measured, name to value.
-      license: the base model's licence, if known.
     """
     theirs = Path(folder).expanduser() / CARD_FILE
     if theirs.is_file() and _MARK not in theirs.read_text(encoding="utf-8", errors="replace"):
         shutil.copyfile(theirs, place / CARD_FILE)
         return
-    text = card_text(tree, rank=rank, format=format, scores=scores, license=license)
+    text = card_text(tree, provenance, rank=rank, format=format)
     (place / CARD_FILE).write_text(text, encoding="utf-8")
 
 
-def card_text(
-    tree: AdapterTree,
-    *,
-    rank: int | None = None,
-    format: str | None = None,
-    scores: Mapping[str, float] | None = None,
-    license: str | None = None,
-) -> str:
+def card_text(tree: AdapterTree, provenance: Provenance, *, rank: int | None = None, format: str | None = None) -> str:
     """The card: metadata, what the adapter is of, its settings, sites and scores. Only what is known is said."""
-    base = tree.base_model
-    metadata = {"base_model": base, "library_name": "peft" if format else "melora_jax", "license": license}
+    base, scores = tree.base_model, provenance.scores
+    library = "peft" if format else "melora_jax"
+    metadata = {"base_model": base, "library_name": library, "license": provenance.license}
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in metadata.items() if value)]
     lines += ["tags:", "- melora", "- lora", "---", _MARK, "", f"# MELoRA adapter{f' for {base}' if base else ''}", ""]
     lines += [f"Task: {tree.task}.", ""] if tree.task else []
+    lines += [f"Trained on {provenance.data}.", ""] if provenance.data else []
     if format:
         lines += [f"PEFT format `{format}`, rank {rank}: `PeftModel.from_pretrained(base, folder)` loads it.", ""]
     else:

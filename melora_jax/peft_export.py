@@ -21,7 +21,7 @@ import numpy as np
 
 from melora_jax.adapter_tree import AdapterTree, SiteFactors
 from melora_jax.interchange import CONFIG_FILE, write_json
-from melora_jax.model_card import write_card
+from melora_jax.model_card import Provenance, write_card
 from melora_jax.peft_config import PEFT_CONFIG, PEFT_TASKS
 from melora_jax.plain import plain_factors, rounding_of
 from melora_jax.serving import rank_note, served_rank
@@ -43,13 +43,11 @@ class PeftHost:
       other_modules: paths of its modules that have no adapter. If one shares its last name with an adapted one,
         `target_modules` lists whole paths instead of names.
       tied: an embedding that is the output layer too is adapted or saved; PEFT is told to keep the two equal.
-      license: the base model's licence, if known, for the model card.
     """
 
     saved: Mapping[str, np.ndarray]
     other_modules: Collection[str] = ()
     tied: bool = False
-    license: str | None = None
 
 
 def write_peft(
@@ -57,7 +55,7 @@ def write_peft(
     host: PeftHost,
     folder: str | Path,
     format: PeftFormat = "lora",
-    scores: Mapping[str, float] | None = None,
+    provenance: Provenance | None = None,
 ) -> Path:
     """Writes the adapter as LoRA: `"lora"` for what reads PEFT's format, `"bdlora"` for PEFT alone.
 
@@ -70,7 +68,7 @@ def write_peft(
       host: the model that it is of.
       folder: replaced as a whole or, on any error, not at all.
       format: `"lora"` or `"bdlora"`.
-      scores: name to value, for the model card.
+      provenance: where the adapter comes from, for the model card.
 
     Raises:
       ValueError: the adapter has no site, the format is unknown, or `"bdlora"` can't hold the adapter.
@@ -100,7 +98,7 @@ def write_peft(
         write_tensors(place / PEFT_TENSORS, tensors, {"format": "pt"})
         write_json(place / PEFT_CONFIG, config)
         write_json(place / CONFIG_FILE, facts)
-        write_card(place, folder, tree, rank=rank, format=format, scores=scores, license=host.license)
+        write_card(place, folder, tree, provenance or Provenance(), rank=rank, format=format)
     _say_rank(rank, format)
     return Path(folder)
 

@@ -20,7 +20,9 @@ def model_of(base: Path) -> Any:
 
 def test_the_card_of_our_own_format(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text('---\ntags:\n- x\nlicense: "apache-2.0"\n---\n# A base\n')
-    folder = mj.save_adapter(model_of(tmp_path), tmp_path / "own", scores={"accuracy": 0.875, "loss": 0.4321987})
+    folder = mj.save_adapter(
+        model_of(tmp_path), tmp_path / "own", scores={"accuracy": 0.875, "loss": 0.4321987}, data="glue/rte"
+    )
     expected = """---
 base_model: "some/base"
 library_name: "melora_jax"
@@ -34,6 +36,8 @@ tags:
 # MELoRA adapter for some/base
 
 Task: sequence-classification.
+
+Trained on glue/rte.
 
 `melora_jax.load_adapter(model, folder)` loads it.
 
@@ -69,6 +73,7 @@ def test_the_card_of_an_export_says_how_it_is_loaded(tmp_path: Path) -> None:
     assert "license" not in card
     assert "PEFT format `lora`, rank 3: `PeftModel.from_pretrained(base, folder)` loads it." in card
     assert "score" not in card
+    assert "Trained on" not in card
 
 
 def test_what_is_not_known_is_not_said(tmp_path: Path) -> None:

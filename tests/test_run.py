@@ -94,6 +94,10 @@ def test_the_saved_adapter_scores_what_the_run_says(uninterrupted):
     predictions = np.asarray(nnx.jit(lambda model, *batch: model(*batch))(model, ids, mask)).argmax(-1)
     best = max(event["accuracy"] for event in read_metrics(uninterrupted) if event["kind"] == "eval")
     assert np.mean(predictions == experiment.material.labels) == pytest.approx(best)
+    for name in ("adapter", "peft"):
+        card = (uninterrupted / name / "README.md").read_text()
+        assert f"| accuracy | {best:g} |" in card
+        assert "Trained on train.jsonl." in card
 
 
 def test_killed_and_resumed_equals_uninterrupted(place, uninterrupted):

@@ -55,6 +55,12 @@ class Experiment:
         return draw() if self.mesh is None else jax.jit(draw, out_shardings=NamedSharding(self.mesh, jax.P()))()
 
     @property
+    def data_name(self) -> str:
+        """What the run is trained on: a data set's name, or a file's."""
+        data = self.config.data
+        return data.name or Path(data.train or "").name
+
+    @property
     def folder(self) -> Path:
         """Where results go."""
         return Path(self.config.output.folder)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import melora_jax as mj
 from train.errors import RunError
 from train.experiment import Experiment
 from train.record import replace_text
 from train.report import write_report
-from train.run_folder import resume_command
+from train.run_folder import read_run, resume_command
 
 
 def finish(experiment: Experiment) -> list[str]:
@@ -28,13 +29,19 @@ def finish(experiment: Experiment) -> list[str]:
         raise RunError(f"{error}; training is done and saved; make room and finish with: {again}") from error
 
 
+def _best_scores(folder: Path) -> dict[str, float]:
+    run = read_run(folder)
+    best = run.best or {}
+    return {name: float(best[name]) for name in run.metrics if name in best}
+
+
 def _write_results(experiment: Experiment) -> list[str]:
     folder = experiment.folder
     mj.unstack_layers(experiment.model)
     mj.load_adapter(experiment.model, folder / "adapter")
     lines = [f"adapter  {folder / 'adapter'}"]
     if experiment.adaptation.sites:
-        mj.export_peft(experiment.model, folder / "peft")
+        mj.export_peft(experiment.model, folder / "peft", scores=_best_scores(folder), data=experiment.data_name)
         lines.append(f"PEFT     {folder / 'peft'}")
     spectra = {path: values.tolist() for path, values in mj.spectra(experiment.model).items()}
     replace_text(folder / "spectra.json", json.dumps(spectra) + "\n")

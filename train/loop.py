@@ -231,7 +231,8 @@ class _Session:
         # The next step donates the state's arrays, so the model gets copies.
         nnx.update(self.experiment.model, whole_on_host(state.trainable))
         if is_first():
-            mj.save_adapter(self.experiment.model, self.experiment.folder / "adapter", scores=scores)
+            target, data = self.experiment.folder / "adapter", self.experiment.data_name
+            mj.save_adapter(self.experiment.model, target, scores=scores, data=data)
 
 
 def exit_code(outcome: Outcome) -> int:
