@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from melora_jax.sharding import TENSOR, active_mesh, batch_spec
+from melora_jax.sharding import TENSOR, active_mesh, batch_spec, mesh_of
 
 Form = Literal["column", "row", "whole"]
 
@@ -58,8 +58,13 @@ class ParallelDot:
         return "row" if self.inputs is not None and self.inputs % mesh.shape[TENSOR] == 0 else "whole"
 
     def __call__(self, x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options: Any) -> jax.Array:
-        """`jax.lax.dot_general`, cut where a mesh is in force."""
+        """`jax.lax.dot_general`, cut where a mesh is in force.
+
+        Raises:
+          ValueError: the kernel is seen to lie on a mesh that is not in force: XLA would be left to partition.
+        """
         if active_mesh() is None:
+            _require_one_device(kernel)
             return jax.lax.dot_general(x, kernel, dimension_numbers, **options)
         options.pop("out_sharding", None)
         return self.product(x, kernel, **options)
@@ -92,6 +97,12 @@ class ParallelDot:
             in_specs=(PartitionSpec(*rows, over_in), PartitionSpec(over_in, over_out), *extra.specs),
             out_specs=PartitionSpec(*rows, over_out),
         )(x, kernel, *extra.operands)
+
+
+def _require_one_device(kernel: jax.Array) -> None:
+    mesh = mesh_of(kernel)
+    if mesh is not None and mesh.size > 1:
+        raise ValueError("the model lies on a mesh that is not in force; call it inside `with jax.set_mesh(mesh):`")
 
 
 def look_up(table: jax.Array, ids: jax.Array, units: int | None) -> jax.Array:

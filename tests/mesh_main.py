@@ -90,6 +90,10 @@ def check_refusals(folder: Path, mesh: jax.sharding.Mesh) -> dict[str, str]:
         except ValueError as error:
             said[key] = str(error)
     model = mj.from_pretrained(folder / "llama", task="causal-lm", mesh=mesh)
+    try:
+        model(np.ones((4, 3), np.int32))
+    except ValueError as error:
+        said["not in force"] = str(error)
     config = mj.MELoRAConfig(n=8, targets=["q_proj", "v_proj", "o_proj"], n_pattern={"o_proj": 3, "v_proj": 4})
     said["whole"] = str(mj.adapt(model, config, rngs=nnx.Rngs(0))).partition("frozen\n")[2]
     return said

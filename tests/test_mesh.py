@@ -87,6 +87,7 @@ def test_what_does_not_fit_a_mesh_is_said(results: dict[str, Any]) -> None:
             f"train.{key}=6 rows can't be shared out evenly to mesh.data × mesh.fsdp = 4; choose a multiple of 4"
         )
     assert "as n=3 is no multiple of tensor=2, which mesh.whole_factors=error forbids; choose" in said["whole_factors"]
+    assert said["not in force"].endswith("not in force; call it inside `with jax.set_mesh(mesh):`")
     note = "model/layers/0/self_attn/o_proj: factors whole on each device, as n=3 is no multiple of tensor=2"
     assert said["whole"] == note
 
