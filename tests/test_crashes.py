@@ -62,7 +62,7 @@ def test_an_end_that_differs_is_seen(finished, tmp_path):
     weights = "adapter/melora_adapter.safetensors"
     changes = {f"{weights} differs": _change_last_bit(weights), "metrics.jsonl differs": _change_loss}
     changes["leftover .adapter.0f.tmp"] = lambda run: (run / ".adapter.0f.tmp").mkdir()
-    changes["peft/README.md is in one of the two alone"] = lambda run: (run / "peft/README.md").write_text("")
+    changes["peft/notes.md is in one of the two alone"] = lambda run: (run / "peft/notes.md").write_text("")
     changes[r"there are checkpoints of steps \[14\], not .*"] = _keep_last
     for found, change in changes.items():
         run = tmp_path / "run"
