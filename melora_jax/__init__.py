@@ -1,6 +1,6 @@
 """MELoRA for JAX and Flax: mini-ensemble low-rank adapters in any NNX model (arXiv 2402.17263)."""
 
-from melora_jax.adapters import export_peft, import_peft, load_adapter, save_adapter, spectra
+from melora_jax.adapters import export_peft, import_peft, load_adapter, save_adapter, spectra, warm_start
 from melora_jax.config import MELoRAConfig
 from melora_jax.dropout import dropout_key
 from melora_jax.generation import Generation, NewTokens, generate, stream
@@ -55,4 +55,5 @@ __all__ = [
     "train_state",
     "unstack_layers",
     "unwrap",
+    "warm_start",
 ]

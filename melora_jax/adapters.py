@@ -12,7 +12,7 @@ from flax import nnx
 
 from melora_jax.adapter_tree import AdapterTree, SiteFactors, config_of_sites
 from melora_jax.config import MELoRAConfig
-from melora_jax.fit import head_of, require_fit
+from melora_jax.fit import head_of, require_fit, require_same_factors
 from melora_jax.graph import path_of, walk
 from melora_jax.interchange import read_adapter, write_adapter
 from melora_jax.matching import plan_sites
@@ -20,6 +20,7 @@ from melora_jax.model_card import Provenance, license_in
 from melora_jax.models.families import torch_from_flax
 from melora_jax.peft_export import PeftFormat, PeftHost, write_peft
 from melora_jax.peft_import import read_peft
+from melora_jax.sharding import put
 from melora_jax.spectrum import singular_values
 from melora_jax.stacking import is_stacked, unstacked
 from melora_jax.surgery import CONFIG_ATTRIBUTE, Adaptation, adapt, adapters_of, config_of, describe, require_live
@@ -86,6 +87,34 @@ def load_adapter(model: nnx.Module, folder: str | Path) -> Adaptation:
         is left as it was.
     """
     return _put(model, read_adapter(folder), folder)
+
+
+def warm_start(model: nnx.Module, folder: str | Path) -> Adaptation:
+    """Starts the factors of an adapted model from a saved adapter; its head, of another task, is left out.
+
+    LoRA's authors start MRPC, RTE and STS-B from an adapter trained on MNLI (arXiv 2106.09685, section 5.2).
+
+    Args:
+      model: an adapted model.
+      folder: what `save_adapter` wrote, of a model of the same shape.
+
+    Returns:
+      The model's `Adaptation`.
+
+    Raises:
+      FileNotFoundError: no adapter there.
+      ValueError: a model without adapters or with stacked layers; an adapter of other sites, sizes or scales. The model
+        is left as it was.
+    """
+    config_of(model)
+    if is_stacked(model):
+        raise ValueError("the model's layers are stacked; start it from an adapter before, or unstack_layers(model)")
+    tree = read_adapter(folder)
+    require_same_factors(model, tree, folder)
+    for path, layer in adapters_of(model).items():
+        for variable, start in ((layer.a, tree.sites[path].a), (layer.b, tree.sites[path].b)):
+            variable.set_value(put(jnp.asarray(start, jnp.float32), variable.get_value().sharding))
+    return describe(model)
 
 
 def import_peft(model: nnx.Module, folder: str | Path) -> Adaptation:

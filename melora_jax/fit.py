@@ -25,6 +25,32 @@ def require_fit(model: nnx.Module, tree: AdapterTree, folder: str | Path) -> Non
         _require_arrays(tree, *_needs_of_adapted(model), folder)
 
 
+def require_same_factors(model: nnx.Module, tree: AdapterTree, folder: str | Path) -> None:
+    """Raises ValueError unless the factors read from `folder` are those of an adapted model: sites, sizes, scales."""
+    here, there = adapters_of(model), tree.sites
+    if stray := sorted(here.keys() ^ there.keys()):
+        where, other = ("the model", "the adapter") if stray[0] in here else ("the adapter", "the model")
+        raise ValueError(
+            f"the factors in {folder} do not fit: {where} has {stray[0]} and {other} has not; adapt the same targets"
+        )
+    for path, layer in here.items():
+        spec, given = layer.spec, there[path].spec
+        for name in ("n", "r", "mixer", "scales"):
+            ours, theirs = getattr(spec, name), getattr(given, name)
+            if ours != theirs:
+                raise ValueError(
+                    f"the factors in {folder} do not fit: at {path} their {name} is {theirs}, here it is {ours}; adapt "
+                    "with the same settings"
+                )
+        shapes = _factor_shapes(path, spec, layer.view)
+        for name, factor in (("a", there[path].a), ("b", there[path].b)):
+            if shapes[f"{path}/{name}"] != factor.shape:
+                raise ValueError(
+                    f"the factors in {folder} are of a model of another width: {path}/{name} is {list(factor.shape)} "
+                    f"there and {list(shapes[f'{path}/{name}'])} here; start from an adapter of this base model"
+                )
+
+
 def head_of(model: nnx.Module) -> dict[str, nnx.Variable]:
     """The variables that are trained whole, by path: every `nnx.Param` that is no factor."""
     return {path_of(path): variable for path, variable in nnx.to_flat_state(nnx.state(model, _is_head))}

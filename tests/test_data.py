@@ -47,6 +47,31 @@ def test_local_files(tmp_path):
     assert (len(dataset.train), len(dataset.validation)) == (3, 2)
 
 
+def test_rows_held_back_are_evaluated_on_and_left_out_of_training(tmp_path):
+    rows = [(f"row {number}", number % 2) for number in range(17)]
+    dataset = load_examples(local(tmp_path, rows, HELD_OUT, held_back=5, train_limit=7), "classification")
+    (train,), (held,) = dataset.train.texts, dataset.validation.texts
+    assert (len(train), len(held)) == (7, 5)
+    assert not {*train} & {*held}
+    assert {*train, *held} < {text for text, _ in rows}
+    both = zip([*train, *held], [*dataset.train.labels, *dataset.validation.labels], strict=True)
+    assert {*both} < {*rows}
+    assert dataset.notes == (
+        f"{tmp_path / 'train.jsonl'}: 5 rows held back and evaluated on (data.held_back)",
+        f"{tmp_path / 'train.jsonl'}: first 7 of 12 rows taken (data.train_limit)",
+    )
+    with pytest.raises(ValueError, match="data.held_back=17 leaves none of 17 rows to train on"):
+        load_examples(local(tmp_path, rows, HELD_OUT, held_back=17), "classification")
+
+
+def test_files_may_hold_a_glue_task(tmp_path):
+    rows = [{"sentence1": "a", "sentence2": "b", "label": k % 2} for k in range(3)]
+    for name in ("train", "held"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {"train": str(tmp_path / "train.jsonl"), "validation": str(tmp_path / "held.jsonl")}
+    assert load_examples(DataConfig(name="glue/rte", **files), "classification").train.texts == (["a"] * 3, ["b"] * 3)
+
+
 def test_regression(tmp_path):
     dataset = load_examples(local(tmp_path, [("a", 0.5), ("b", 3)], [("c", -1)]), "regression")
     assert (dataset.num_labels, dataset.label_names) == (1, ())

@@ -19,9 +19,13 @@ from train.sections import Sections
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
+        ("mnli", (30, 128, 256, 5e-4, "accuracy")),
         ("sst2", (60, 128, 256, 5e-4, "accuracy")),
         ("mrpc", (30, 128, 256, 4e-4, "accuracy")),
         ("cola", (8, 64, 256, 4e-4, "matthews")),
+        ("cola-80", (80, 64, 256, 4e-4, "matthews")),
+        ("qnli", (25, 128, 256, 4e-4, "accuracy")),
+        ("qqp", (25, 128, 256, 4e-4, "accuracy")),
         ("rte", (80, 128, 512, 4e-4, "accuracy")),
         ("stsb", (40, 128, 256, 4e-4, "pearson")),
     ],
@@ -86,7 +90,7 @@ def test_a_bad_recipe_names_file_line_and_remedy(tmp_path, text, message):
 
 
 def test_a_missing_or_binary_recipe(tmp_path):
-    with pytest.raises(ValueError, match=r"no recipe at nowhere\.toml; .*cola\.toml, local\.toml, mrpc\.toml"):
+    with pytest.raises(ValueError, match=r"no recipe at nowhere\.toml; .*cola\.toml, local\.toml, mnli\.toml, mrpc\.toml"):
         read_recipe(Path("nowhere.toml"))
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"\xff\x00")

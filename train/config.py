@@ -24,6 +24,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "data.max_length": (8, math.inf),
     "data.train_limit": _COUNT,
     "data.eval_limit": _COUNT,
+    "data.held_back": _COUNT,
     "instruction.held_out": _COUNT,
     "instruction.chunk": _COUNT,
     "optim.learning_rate": _RATE,
@@ -102,14 +103,17 @@ class RunConfig(Sections):
         data, task = self.data, self.model.task
         drawn = self.instruction.held_out is not None
         files = (data.train,) if drawn else (data.train, data.validation)
-        if bool(data.name) == any(files) or any(files) != all(files):
+        glue = glue_task(data.name)
+        named = bool(data.name) and not (glue and any(files))
+        if named == any(files) or any(files) != all(files):
             given = f"data.name={data.name!r}, data.train={data.train!r}, data.validation={data.validation!r}"
             yield f"{given}: give data.name (a hub data set), or both files; unset a key by the word None"
+        if data.held_back is not None and task == "causal-lm":
+            yield f"data.held_back={data.held_back} belongs to labelled rows; hold out with instruction.held_out"
         if drawn and task != "causal-lm":
             yield f"instruction.held_out={self.instruction.held_out} belongs to model.task=causal-lm; unset it"
         if drawn and (data.validation or data.validation_split):
             yield "instruction.held_out draws the held-out rows; unset data.validation and data.validation_split"
-        glue = glue_task(data.name)
         if data.subset and (glue or not data.name):
             yield f"data.subset={data.subset!r} chooses within a hub data set other than glue/...; unset it"
         if data.validation_split and not data.name:

@@ -27,6 +27,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def rows(self, which: slice | np.ndarray) -> Split:
+        """Some of the rows."""
+        numbers = np.arange(len(self))[which]
+        return Split(tuple([column[number] for number in numbers] for column in self.texts), self.labels[numbers])
+
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
@@ -56,7 +61,7 @@ def load_examples(config: DataConfig, task: str) -> Dataset:
     """
     glue = glue_task(config.name)
     texts = config.text or (glue.text if glue else ("text",))
-    train, validation, names = (_load_hub if config.name else _load_files)(config, (*texts, config.label))
+    train, validation, names = (_load_files if config.train else _load_hub)(config, (*texts, config.label))
     notes = [_check_texts(train, texts), _check_texts(validation, texts)]
     if task == "regression":
         label_names = ()
@@ -66,24 +71,36 @@ def load_examples(config: DataConfig, task: str) -> Dataset:
         label_names = classes.names
         labels = [class_numbers(table, config.label, classes) for table in (train, validation)]
         notes.append(classes.note)
-    limits = {"train_limit": train, "eval_limit": validation}
-    notes += [_limit_note(table, name, getattr(config, name)) for name, table in limits.items()]
+    splits = [_split(table, texts, numbers) for table, numbers in zip((train, validation), labels, strict=True)]
+    if config.held_back is not None:
+        splits = _held_back(splits[0], config.held_back, train.source)
+        notes.append(f"{train.source}: {config.held_back:,} rows held back and evaluated on (data.held_back)")
+    limited = {"train_limit": (train.source, splits[0]), "eval_limit": (validation.source, splits[1])}
+    notes += [_limit_note(source, split, name, getattr(config, name)) for name, (source, split) in limited.items()]
     return Dataset(
-        _first_rows(train, texts, labels[0], config.train_limit),
-        _first_rows(validation, texts, labels[1], config.eval_limit),
+        splits[0].rows(slice(config.train_limit)),
+        splits[1].rows(slice(config.eval_limit)),
         label_names,
         tuple(note for note in notes if note),
     )
 
 
-def _first_rows(table: Table, texts: Sequence[str], labels: np.ndarray, limit: int | None) -> Split:
-    return Split(tuple(table.columns[column][:limit] for column in texts), labels[:limit])
+def _split(table: Table, texts: Sequence[str], labels: np.ndarray) -> Split:
+    return Split(tuple(table.columns[column] for column in texts), labels)
 
 
-def _limit_note(table: Table, name: str, limit: int | None) -> str | None:
-    if limit is None or limit >= len(table):
+def _held_back(train: Split, count: int, source: str) -> list[Split]:
+    """The training rows without `count` of them, and these: the same whatever the run's seed is."""
+    if count >= len(train):
+        raise ValueError(f"{source}: data.held_back={count} leaves none of {len(train)} rows to train on; lower it")
+    drawn = np.random.default_rng(0).permutation(len(train))
+    return [train.rows(np.sort(drawn[count:])), train.rows(np.sort(drawn[:count]))]
+
+
+def _limit_note(source: str, split: Split, name: str, limit: int | None) -> str | None:
+    if limit is None or limit >= len(split):
         return None
-    return f"{table.source}: first {limit:,} of {len(table):,} rows taken (data.{name})"
+    return f"{source}: first {limit:,} of {len(split):,} rows taken (data.{name})"
 
 
 def _check_texts(table: Table, columns: Sequence[str]) -> str | None:

@@ -97,6 +97,8 @@ def prepare(config: RunConfig) -> Experiment:
             f"{adaptation.notes[0]}, which mesh.whole_factors=error forbids; choose n as a multiple of mesh.tensor, or "
             "leave these layers out of adapter.targets"
         )
+    if config.train.warm_start:
+        mj.warm_start(model, config.train.warm_start)
     if config.model.stack_layers:
         material = dataclasses.replace(material, notes=(*material.notes, str(mj.stack_layers(model))))
     schedule, tx = _optimizer(model, config, _total_steps(config, material))

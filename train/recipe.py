@@ -35,9 +35,9 @@ def read_recipe(path: Path) -> Sections:
     for name, table in tables.items():
         place = _place(path, text, name)
         if not isinstance(table, dict):
-            raise ValueError(f"{place}: key {name} stands outside any section{_perhaps(name, hints)}")
+            raise ValueError(f"{place}: key {name} stands outside any section{perhaps(name, hints)}")
         if name not in hints:
-            raise ValueError(f"{place}: unknown section {name}{_perhaps(name, hints)}")
+            raise ValueError(f"{place}: unknown section {name}{perhaps(name, hints)}")
     return Sections(**{name: _read_section(path, text, name, table, hints) for name, table in tables.items()})
 
 
@@ -55,7 +55,7 @@ def check_options(words: Sequence[str]) -> None:
         section, _, key = dotted.partition(".")
         known = typing.get_type_hints(hints[section]) if section in hints else {}
         if key not in known and known.get(key.removeprefix("no_")) is not bool:
-            raise ValueError(f"unknown option --{dotted}{_perhaps(dotted, hints)}")
+            raise ValueError(f"unknown option --{dotted}{perhaps(dotted, hints)}")
 
 
 def _read_section(path: Path, text: str, name: str, table: dict[str, Any], hints: dict[str, Any]) -> Any:
@@ -64,16 +64,25 @@ def _read_section(path: Path, text: str, name: str, table: dict[str, Any], hints
     for key, value in table.items():
         dotted = f"{name}.{key}"
         if key not in known:
-            raise ValueError(f"{_place(path, text, dotted)}: unknown key {dotted}{_perhaps(dotted, hints)}")
-        try:
-            values[key] = _fit(value, known[key])
-        except TypeError:
-            problem = f"{dotted} = {value!r} must be {_wanted(known[key])}"
-            raise ValueError(f"{_place(path, text, dotted)}: {problem}") from None
+            raise ValueError(f"{_place(path, text, dotted)}: unknown key {dotted}{perhaps(dotted, hints)}")
+        values[key] = fit_value(value, known[key], dotted, _place(path, text, dotted))
     return hints[name](**values)
 
 
-def _perhaps(dotted: str, hints: dict[str, Any]) -> str:
+def fit_value(value: Any, hint: Any, name: str, place: str = "") -> Any:
+    """A value as TOML gives it, made to fit a key's type: lists become tuples, whole numbers floats.
+
+    Raises:
+      ValueError: it does not fit; tells the place, the key by `name`, and what it must be.
+    """
+    try:
+        return _fit(value, hint)
+    except TypeError:
+        problem = f"{name} = {value!r} must be {_wanted(hint)}"
+        raise ValueError(f"{place}: {problem}" if place else problem) from None
+
+
+def perhaps(dotted: str, hints: dict[str, Any]) -> str:
     """The nearest known key to one that is not: of its own section, else of that name in any; else what there is."""
     keys = {section: list(typing.get_type_hints(hint)) for section, hint in hints.items()}
     section, _, key = dotted.rpartition(".")
@@ -106,7 +115,6 @@ def _plain(key: str) -> str:
 
 
 def _fit(value: Any, hint: Any) -> Any:
-    """`value` as TOML gives it, made to fit the annotation: lists become tuples, whole numbers floats."""
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         for option in options:

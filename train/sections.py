@@ -114,7 +114,7 @@ class DataConfig:
     """The text: a hub data set (`name`), or two local files (`train` and `validation`)."""
 
     name: str | None = None
-    """A Hugging Face data set, or a GLUE task as glue/rte."""
+    """A Hugging Face data set, or a GLUE task as glue/rte; beside two files it names the task that they hold."""
     subset: str | None = None
     """The hub data set's subset (configuration), where it has several."""
     validation_split: str | None = None
@@ -137,6 +137,9 @@ class DataConfig:
     """Train on the first so many rows only."""
     eval_limit: int | None = None
     """Evaluate on the first so many rows only."""
+    held_back: int | None = None
+    """Evaluate on so many training rows, drawn at random and left out of training, instead of the held-out ones:
+    settings are to be chosen on rows that are not the reported ones."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,6 +211,8 @@ class TrainConfig:
     """Rows an evaluation batch."""
     metric: str | None = None
     """The metric that ranks checkpoints (or loss); by default the task's first."""
+    warm_start: str | None = None
+    """The folder of an adapter, such as one trained on MNLI, whose factors these start from; heads start anew."""
     patience: int | None = None
     """Stop after so many evaluations without a better metric; by default never."""
     log_every: int = 10
