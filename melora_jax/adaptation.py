@@ -32,6 +32,7 @@ class Adaptation:
       sites: the adapted layers.
       adapter, head, frozen: numbers of parameters in the factors, in `modules_to_save`, and in the frozen base.
       saved: paths of the modules that are trained whole.
+      base: number of the base's parameters that are trained: biases, or all.
       notes: of layers whose factors are not cut over `tensor` on a mesh, and why.
     """
 
@@ -41,11 +42,12 @@ class Adaptation:
     frozen: int
     saved: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    base: int = 0
 
     @property
     def trainable(self) -> int:
-        """Parameters that are trained: factors and head."""
-        return self.adapter + self.head
+        """Parameters that are trained: factors, the base's own, and head."""
+        return self.adapter + self.base + self.head
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain lists and numbers, for JSON."""
@@ -58,7 +60,8 @@ class Adaptation:
         table = "\n".join("  ".join(cells) for cells in zip(*columns, strict=True))
         share = 100 * self.trainable / max(1, self.trainable + self.frozen)
         saved = f"\ntrained whole: {', '.join(self.saved)}" if self.saved else ""
-        counts = f"\nadapters {self.adapter:,} + head {self.head:,} = {self.trainable:,} trainable"
+        base = f" + base {self.base:,}" if self.base else ""
+        counts = f"\nadapters {self.adapter:,}{base} + head {self.head:,} = {self.trainable:,} trainable"
         notes = "".join(f"\n{note}" for note in self.notes)
         return f"{table}{saved}{counts} ({share:.2f} %), {self.frozen:,} frozen{notes}"
 

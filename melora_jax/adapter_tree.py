@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from melora_jax.config import AdapterSpec, MELoRAConfig
+from melora_jax.config import AdapterSpec, Bias, MELoRAConfig
 
 FORMAT_VERSION = 1
 
@@ -42,7 +42,8 @@ class AdapterTree:
     Attributes:
       config: what the model was adapted with.
       sites: the factors by site path.
-      saved: parameters of `modules_to_save` by path, in Flax's layout.
+      saved: what is trained beside the factors, by path in the host and in Flax's layout: parameters of
+        `modules_to_save`, biases, or in full fine-tuning all.
       base_model: name or folder of the base checkpoint, if known.
       task: the base model's task, if known.
     """
@@ -71,7 +72,9 @@ class AdapterTree:
         }
 
 
-def config_of_sites(specs: Mapping[str, AdapterSpec], modules_to_save: Iterable[str] = ()) -> MELoRAConfig:
+def config_of_sites(
+    specs: Mapping[str, AdapterSpec], modules_to_save: Iterable[str] = (), bias: Bias = "none"
+) -> MELoRAConfig:
     """The config that adapts exactly the layers at these paths, each as its spec says.
 
     Sites are named by their whole paths. The commonest n, r and alpha are the config's own; where others differ, every
@@ -85,7 +88,7 @@ def config_of_sites(specs: Mapping[str, AdapterSpec], modules_to_save: Iterable[
     (('a/query',), 1, 4, (2.0,))
     """
     if not specs:
-        return MELoRAConfig(targets=(), modules_to_save=tuple(modules_to_save))
+        return MELoRAConfig(targets=(), modules_to_save=tuple(modules_to_save), bias=bias)
     usual = Counter(specs.values()).most_common(1)[0][0]
     common = {name: getattr(usual, name) for name in ("dropout", "scaling", "mixer", "strategy", "init", "dtype")}
     for path, spec in specs.items():
@@ -96,7 +99,7 @@ def config_of_sites(specs: Mapping[str, AdapterSpec], modules_to_save: Iterable[
     for name, pattern in (("n", "n_pattern"), ("r", "rank_pattern"), ("alpha", "alpha_pattern")):
         values = {path: _short(getattr(specs[path], name)) for path in sorted(specs, key=len, reverse=True)}
         settings[pattern] = values if len(set(values.values())) > 1 else {}
-    return MELoRAConfig(targets=tuple(specs), modules_to_save=tuple(modules_to_save), **settings)
+    return MELoRAConfig(targets=tuple(specs), modules_to_save=tuple(modules_to_save), bias=bias, **settings)
 
 
 def _short(values: Any) -> Any:

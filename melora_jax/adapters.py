@@ -12,7 +12,7 @@ from flax import nnx
 
 from melora_jax.adapter_tree import AdapterTree, SiteFactors, config_of_sites
 from melora_jax.config import MELoRAConfig
-from melora_jax.fit import head_of, require_fit, require_same_factors
+from melora_jax.fit import beside_factors, require_fit, require_same_factors
 from melora_jax.graph import path_of, walk
 from melora_jax.interchange import read_adapter, write_adapter
 from melora_jax.matching import plan_sites
@@ -65,7 +65,7 @@ def adapter_tree(model: nnx.Module) -> AdapterTree:
     return AdapterTree(
         config=config,
         sites=sites,
-        saved={path: np.asarray(variable[...]) for path, variable in head_of(model).items()},
+        saved={path: np.asarray(variable[...]) for path, variable in beside_factors(model).items()},
         base_model=getattr(model, "name_or_path", None) or None,
         task=getattr(model, "task", None),
     )
@@ -148,7 +148,7 @@ def _put(model: nnx.Module, tree: AdapterTree, folder: str | Path) -> Adaptation
     for path, layer in adapters_of(model).items():
         layer.a.set_value(jnp.asarray(tree.sites[path].a, jnp.float32))
         layer.b.set_value(jnp.asarray(tree.sites[path].b, jnp.float32))
-    for path, variable in head_of(model).items():
+    for path, variable in beside_factors(model).items():
         variable.set_value(jnp.asarray(tree.saved[path], variable.dtype))
     return describe(model)
 
@@ -156,7 +156,8 @@ def _put(model: nnx.Module, tree: AdapterTree, folder: str | Path) -> Adaptation
 def _with_short_names(model: nnx.Module, tree: AdapterTree) -> AdapterTree:
     """The tree with the sites' last names as targets, if they name the same layers of `model` and no others."""
     leaves = tuple(sorted({path.rpartition("/")[2] for path in tree.sites}))
-    by_path = config_of_sites({path: site.spec for path, site in tree.sites.items()}, tree.config.modules_to_save)
+    specs = {path: site.spec for path, site in tree.sites.items()}
+    by_path = config_of_sites(specs, tree.config.modules_to_save, tree.config.bias)
     if tree.config != by_path or _sites_named(model, tree.config) != set(tree.sites):
         return tree
     config = dataclasses.replace(tree.config, targets=leaves)
@@ -200,7 +201,7 @@ def peft_host(model: nnx.Module, tree: AdapterTree) -> PeftHost:
     """What an export of `tree` must know of its model, which may be plain or adapted, and without values."""
     model = unstacked(model, nnx.Nothing())
     dense = [path_of(path) for path, node in walk(model) if isinstance(node, nnx.Module) and _is_dense(node)]
-    saved = dict(torch_from_flax(path, value) for path, value in tree.saved.items())
+    saved = dict(torch_from_flax(_path_in_peft(path, tree), value) for path, value in tree.saved.items())
     tied = _tied_embedding(model)
     if tied is not None and f"{tied}/embedding" in tree.saved:
         # PEFT looks for both ends of the tie
@@ -210,6 +211,12 @@ def peft_host(model: nnx.Module, tree: AdapterTree) -> PeftHost:
         other_modules=set(dense) - {f"{path}/base" for path in tree.sites} - set(tree.sites),
         tied=tied is not None and (tied in tree.sites or f"{tied}/embedding" in tree.saved),
     )
+
+
+def _path_in_peft(path: str, tree: AdapterTree) -> str:
+    """PEFT too puts the adapted layer inside of the adapter, and names its bias so."""
+    site, _, name = path.rpartition("/")
+    return f"{site}/base_layer/{name}" if site in tree.sites else path
 
 
 def _tied_embedding(model: nnx.Module) -> str | None:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from melora_jax.adapter_tree import AdapterTree, SiteFactors, config_of_sites
-from melora_jax.config import AdapterSpec
+from melora_jax.config import AdapterSpec, MELoRAConfig
 from melora_jax.plain import plain_factors
 
 
@@ -105,8 +105,16 @@ def add(
         n, blocks = _summed(path, parts)
         r = _shared_rank(rank, n, path) if rank is not None else None
         sites[path], losses[path] = _site_of_blocks(blocks, r, parts[0][1].lookup)
-    config = config_of_sites({path: site.spec for path, site in sites.items()}, trees[0].config.modules_to_save)
+    config = _config_like(trees[0], sites)
     return Approximation(dataclasses.replace(trees[0], config=config, sites=sites), losses)
+
+
+def _config_like(tree: AdapterTree, sites: Mapping[str, SiteFactors]) -> MELoRAConfig:
+    """The config of these sites, with what `tree` trains beside its own."""
+    if tree.config.train_base:
+        raise ValueError("train_base: a full fine-tuning has no adapters to compute with; take its checkpoint instead")
+    specs = {path: site.spec for path, site in sites.items()}
+    return config_of_sites(specs, tree.config.modules_to_save, tree.config.bias)
 
 
 def _require_equal_saved(trees: Sequence[AdapterTree]) -> None:
@@ -204,7 +212,7 @@ def compress(tree: AdapterTree, *, n: int, r: int) -> Approximation:
         sites[path], inside = _site_of_blocks(_blocks(left, right, n), r, site.lookup)
         energy = _energy(left, right)
         losses[path] = Loss(energy, max(energy - inside.energy, 0.0), inside.inside)
-    config = config_of_sites({path: site.spec for path, site in sites.items()}, tree.config.modules_to_save)
+    config = _config_like(tree, sites)
     return Approximation(dataclasses.replace(tree, config=config, sites=sites), losses)
 
 

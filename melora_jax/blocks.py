@@ -70,9 +70,19 @@ def _a_initialiser(init: Init, mixer: Mixer, n: int, r: int) -> jax.nn.initializ
     return jax.nn.initializers.variance_scaling(1.0 / (3.0 * fan), "fan_in", "uniform", batch_axis=0)
 
 
+def feature_order(size: int, side: int) -> np.ndarray:
+    """The fixed random order in which mixer `scatter` deals the features of a width to the minis, int [size].
+
+    Args:
+      size: d_in, or d_out.
+      side: 0 for a layer's input, 1 for its output, whose orders differ.
+    """
+    return np.random.default_rng((side, size)).permutation(size)
+
+
 def mix(z: Shaped[Array, "... n r"], mixer: Mixer) -> Shaped[Array, "... n r"]:
-    """M applied to the latents: `identity`, `all` (every mini reads the sum), `shuffle` (block a, chunk j → j, a)."""
-    if mixer == "identity":
+    """M applied to the latents: `all` (every mini reads the sum), `shuffle` (block a, chunk j → j, a), else nothing."""
+    if mixer in ("identity", "scatter"):
         return z
     if mixer == "all":
         return jnp.broadcast_to(z.sum(-2, keepdims=True), z.shape)
@@ -105,23 +115,29 @@ def apply(
     >>> apply(jnp.array([3.0, 5.0]), one, one, np.array([[1.0], [2.0]], np.float32)).tolist()
     [3.0, 10.0]
     """
-    return expand(reduce(x, a, strategy), b, scale, mixer, strategy)
+    return expand(reduce(x, a, strategy, mixer), b, scale, mixer, strategy)
 
 
-def reduce(x: Float[Array, "... d_in"], a: Float[Array, "n i r"], strategy: Strategy) -> Float[Array, "... n r"]:
+def reduce(
+    x: Float[Array, "... d_in"], a: Float[Array, "n i r"], strategy: Strategy, mixer: Mixer = "identity"
+) -> Float[Array, "... n r"]:
     """The latents of every mini, x_k·A_k."""
     n, i, r = a.shape
+    if mixer == "scatter":
+        x = x[..., feature_order(n * i, 0)]
     if strategy == "packed":
         return (x @ _block_diagonal(a)).reshape(*x.shape[:-1], n, r)
     return jax.vmap(jnp.matmul, in_axes=(-2, 0), out_axes=-2)(x.reshape(*x.shape[:-1], n, i), a)
 
 
 def look_up(
-    ids: Int[Array, "*batch"], a: Float[Array, "n i r"], keep: Float[Array, "*batch"]
+    ids: Int[Array, "*batch"], a: Float[Array, "n i r"], keep: Float[Array, "*batch"], mixer: Mixer = "identity"
 ) -> Float[Array, "*batch n r"]:
     """The latents of a one-hot input of width n·i that is given as indices (an embedding's), times `keep`."""
     n, i, r = a.shape
     ids = jnp.where(ids < 0, ids + n * i, ids)  # counted from the end, as the embedding itself takes them
+    if mixer == "scatter":
+        ids = jnp.take(jnp.asarray(np.argsort(feature_order(n * i, 0)), ids.dtype), ids)
     rows = jnp.take(a.reshape(n * i, r), ids, axis=0)
     hit = jax.nn.one_hot(ids // i, n, dtype=a.dtype) * keep[..., None]
     return hit[..., :, None] * rows[..., None, :]
@@ -138,9 +154,11 @@ def expand(
     n, r, o = b.shape
     z = mix(z * jnp.asarray(scale, z.dtype), mixer)
     if strategy == "packed":
-        return z.reshape(*z.shape[:-2], n * r) @ _block_diagonal(b)
-    y = jax.vmap(jnp.matmul, in_axes=(-2, 0), out_axes=-2)(z, b)
-    return y.reshape(*y.shape[:-2], n * o)
+        y = z.reshape(*z.shape[:-2], n * r) @ _block_diagonal(b)
+    else:
+        y = jax.vmap(jnp.matmul, in_axes=(-2, 0), out_axes=-2)(z, b)
+        y = y.reshape(*y.shape[:-2], n * o)
+    return y[..., np.argsort(feature_order(n * o, 1))] if mixer == "scatter" else y
 
 
 def _block_diagonal(blocks: Float[Array, "n p q"]) -> Float[Array, "np nq"]:
@@ -155,7 +173,7 @@ def packed_factors(
 ) -> tuple[Float[Array, "d_in R"], Float[Array, "R d_out"]]:
     """Plain LoRA factors of the same update: ΔW = left @ right.
 
-    R is Σ over minis of the padded rank for `identity` and `shuffle` (left = Â, right = diag(s)·M·B̂); for `all`, whose
+    R is Σ over minis of the padded rank (left = Â, right = diag(s)·M·B̂), but for mixer `all`, whose
     update is a sum over minis, it is r (left stacks the s_k·A_k, right sets the B_k side by side).
     """
     if mixer == "all":
@@ -164,7 +182,11 @@ def packed_factors(
         return left, b.swapaxes(0, 1).reshape(r, -1)
     n, r = scale.shape
     rows = mix(jnp.arange(n * r).reshape(n, r), mixer).reshape(-1)  # no matmul: an accelerator's may round
-    return _block_diagonal(a), jnp.asarray(scale.reshape(-1, 1), b.dtype) * _block_diagonal(b)[rows]
+    left, right = _block_diagonal(a), jnp.asarray(scale.reshape(-1, 1), b.dtype) * _block_diagonal(b)[rows]
+    if mixer == "scatter":
+        orders = [np.argsort(feature_order(size, side)) for side, size in enumerate((len(left), right.shape[1]))]
+        return left[orders[0]], right[:, orders[1]]
+    return left, right
 
 
 def delta(

@@ -6,16 +6,17 @@ import dataclasses
 import difflib
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from melora_jax import checks
+from melora_jax.patterns import first_match
 
 Scaling = Literal["mini", "total", "rslora"]
-Mixer = Literal["identity", "all", "shuffle"]
+Mixer = Literal["identity", "all", "shuffle", "scatter"]
 Strategy = Literal["auto", "batched", "packed"]
 Init = Literal["kaiming", "gaussian"]
+Bias = Literal["none", "all", "lora_only"]
 
 ALL_LINEAR = "all-linear"
 _CHOICES: dict[str, tuple[str | None, ...]] = {
@@ -106,16 +107,19 @@ class MELoRAConfig:
       alpha: numerator of the scale, or one a mini (PEFT: `lora_alpha`).
       dropout: probability of zeroing an input feature of an adapter (PEFT: `lora_dropout`).
       scaling: `"mini"` alpha_k/r_k (the authors' code), `"total"` alpha/(n·r), `"rslora"` alpha/sqrt(n·r).
-      mixer: `"identity"` MELoRA, `"all"` LoRA of rank r, `"shuffle"` GraLoRA.
+      mixer: `"identity"` MELoRA, `"all"` LoRA of rank r, `"shuffle"` GraLoRA, `"scatter"` MELoRA whose minis get the
+        features in a fixed random order: the control for whether it matters which features a mini reads and writes.
       strategy: how the product is computed: `"batched"`, `"packed"`, or `"auto"`. All give the same result.
       targets: name suffixes (`["query", "value"]`), one regular expression matched against the whole path, or
-        `"all-linear"` but for a language model's output layer (PEFT: `target_modules`). Empty trains
-        `modules_to_save` alone.
+        `"all-linear"` but for a language model's output layer (PEFT: `target_modules`). Empty puts no adapter in.
       exclude: suffixes or one regular expression of layers to leave alone (PEFT: `exclude_modules`).
       layers: keep only sites whose first number in the path is in this list (PEFT: `layers_to_transform`).
       n_pattern, rank_pattern, alpha_pattern: overrides, path suffix or regular expression → value; the first
         match counts, and suffixes may be written with "." or "/".
       modules_to_save: suffixes of modules that are trained whole, such as a new head.
+      bias: biases of the base that are trained: `"none"`, `"all"`, or `"lora_only"`, those of adapted layers (as in
+        PEFT). `"all"` without targets is BitFit (arXiv 2106.10199).
+      train_base: train every parameter of the base, full fine-tuning; targets must be empty.
       init: start of A: `"kaiming"` uniform within 1/sqrt(d_in/n), `"gaussian"` with deviation 1/r. B is zero.
       dtype: dtype the adapter's product is computed in; `None` follows the layer. Factors are kept in float32.
 
@@ -140,6 +144,8 @@ class MELoRAConfig:
     rank_pattern: Mapping[str, int | Sequence[int]] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float | Sequence[float]] = dataclasses.field(default_factory=dict)
     modules_to_save: Sequence[str] = ()
+    bias: Bias = "none"
+    train_base: bool = False
     init: Init = "kaiming"
     dtype: str | None = None
 
@@ -158,12 +164,24 @@ class MELoRAConfig:
             for value in values:
                 for entry in value if isinstance(value, tuple) and name != "n" else (value,):
                     check(name, entry)
-        if not self.targets and not self.modules_to_save:
+        self._check_trained()
+        self.spec("")  # checks the rest
+
+    def _check_trained(self) -> None:
+        """What is trained beside the adapters fits together, and is not nothing."""
+        checks.check_choices(self, {"bias": get_args(Bias)})
+        if type(self.train_base) is not bool:
+            raise ValueError(f"train_base={self.train_base!r} must be True or False")
+        if self.train_base and (self.targets or self.bias != "none"):
+            beside = f"targets={self.targets!r}" if self.targets else f"bias={self.bias!r}"
+            raise ValueError(f"train_base trains all of the base, so {beside} adds nothing; leave one of them out")
+        if self.bias == "lora_only" and not self.targets:
+            raise ValueError('bias="lora_only" trains the biases of adapted layers, and targets is empty; take "all"')
+        if not self.targets and not self.modules_to_save and self.bias == "none" and not self.train_base:
             raise ValueError(
                 "nothing to train: targets and modules_to_save are both empty; "
                 'name layers, e.g. targets=["query", "value"]'
             )
-        self.spec("")  # checks the rest
 
     def _normalise(self) -> None:
         """Lists become tuples and whole alphas floats, so that equal configs compare and hash equal."""
@@ -230,27 +248,11 @@ class MELoRAConfig:
         return cls(**values)
 
 
-def matches(pattern: str, path: str) -> bool:
-    """Whether `pattern` names the module at `path`: equal, a suffix of whole names, or a regular expression.
-
-    >>> matches("self.query", "layer/0/self/query"), matches(r".*/[02]/.*", "layer/0/self/query")
-    (True, True)
-    >>> matches("ery", "query")
-    False
-    """
-    return is_suffix(pattern, path) or any(
-        re.fullmatch(pattern, spelled) is not None for spelled in (path, path.replace("/", "."))
-    )
-
-
-def is_suffix(name: str, path: str) -> bool:
-    """Whether `name`, written with "." or "/", is `path` or its last whole names."""
-    return ("/" + path).endswith("/" + name.replace(".", "/"))
-
-
-def first_match(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    """The value of the first pattern that matches `path`, else `default`."""
-    return next((value for pattern, value in patterns.items() if matches(pattern, path)), default)
+def require_frozen_base(config: MELoRAConfig, where: str) -> None:
+    """Raises ValueError if `config` trains the base's own parameters, which an adapter of `where` does not hold."""
+    for name, usual in (("bias", "none"), ("train_base", False)):
+        if getattr(config, name) != usual:
+            raise ValueError(f"{name}={getattr(config, name)!r} is for NNX models; {where} holds adapters alone")
 
 
 def _as_tuple(value: Any) -> Any:

@@ -51,12 +51,20 @@ def require_same_factors(model: nnx.Module, tree: AdapterTree, folder: str | Pat
                 )
 
 
-def head_of(model: nnx.Module) -> dict[str, nnx.Variable]:
-    """The variables that are trained whole, by path: every `nnx.Param` that is no factor."""
-    return {path_of(path): variable for path, variable in nnx.to_flat_state(nnx.state(model, _is_head))}
+def beside_factors(model: nnx.Module) -> dict[str, nnx.Variable]:
+    """The variables that are trained beside the factors: of saved modules and of the base, by their path in the host."""
+    sites = tuple(f"{path}/" for path in adapters_of(model))
+    found = {path_of(path): variable for path, variable in nnx.to_flat_state(nnx.state(model, _is_beside))}
+    return {_path_in_host(path, sites): variable for path, variable in found.items()}
 
 
-def _is_head(path: object, variable: object) -> bool:
+def _path_in_host(path: str, sites: tuple[str, ...]) -> str:
+    """The path that a variable had before an adapter was put around its layer."""
+    site = next((site for site in sites if path.startswith(f"{site}base/")), None)
+    return path if site is None else site + path.removeprefix(f"{site}base/")
+
+
+def _is_beside(path: object, variable: object) -> bool:
     return isinstance(variable, nnx.Param) and not isinstance(variable, MELoRAParam)
 
 
@@ -72,7 +80,7 @@ def _needs_of_plain(model: nnx.Module, config: MELoRAConfig, folder: str | Path)
     shapes: dict[str, tuple[int, ...]] = {}
     named: set[int] = set()
     for path, node in walk(model):
-        if id(node) in plan.saved_variables - named:
+        if id(node) in (plan.saved_variables | plan.base_variables) - named:
             shapes[path_of(path)] = node.shape
             named.add(id(node))
     for site in plan.sites.values():
@@ -81,7 +89,7 @@ def _needs_of_plain(model: nnx.Module, config: MELoRAConfig, folder: str | Path)
 
 
 def _needs_of_adapted(model: nnx.Module) -> _Needs:
-    shapes = {path: variable.shape for path, variable in head_of(model).items()}
+    shapes = {path: variable.shape for path, variable in beside_factors(model).items()}
     for path, layer in adapters_of(model).items():
         shapes |= _factor_shapes(path, layer.spec, layer.view)
     return {path: layer.spec for path, layer in adapters_of(model).items()}, shapes

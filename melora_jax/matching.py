@@ -27,10 +27,17 @@ class PlannedSite:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The sites by the identity of their layer, and the identities of the variables that are trained whole."""
+    """The sites by the identity of their layer, and the identities of the variables that are trained beside them.
+
+    Attributes:
+      sites: what gets an adapter.
+      saved_variables: those of `modules_to_save`.
+      base_variables: those of the base: biases, or all.
+    """
 
     sites: dict[int, PlannedSite]
     saved_variables: frozenset[int]
+    base_variables: frozenset[int] = frozenset()
 
 
 def plan_sites(model: nnx.Module, config: MELoRAConfig) -> Plan:
@@ -43,7 +50,7 @@ def plan_sites(model: nnx.Module, config: MELoRAConfig) -> Plan:
     _require_host(model)
     modules = _modules_of(model)
     saved = modules_to_save(modules, config)
-    _refuse_quantized(saved)
+    _refuse_quantized(saved, "modules_to_save")
     saved_variables = _variables_under([module.node for module in saved])
     _refuse_shared(model, saved_variables, {id(module.node) for module in saved})
     inside_saved = {id(node) for module in saved for _, node in walk(module.node)}
@@ -51,7 +58,25 @@ def plan_sites(model: nnx.Module, config: MELoRAConfig) -> Plan:
     kept = select(modules, candidates, config, "Linear, LinearGeneral or Einsum")
     sites = {id(module.node): _planned(module, config) for module in kept}
     require_patterns(config, kept)
-    return Plan(sites, frozenset(saved_variables))
+    base_variables = _base_variables(model, config, [module.node for module in kept]) - saved_variables
+    return Plan(sites, frozenset(saved_variables), frozenset(base_variables))
+
+
+def _base_variables(model: nnx.Module, config: MELoRAConfig, adapted: list[nnx.Module]) -> set[int]:
+    """The variables of the base that are trained, those of `modules_to_save` among them."""
+    if config.train_base:
+        _refuse_quantized([NamedModule(model, ("",), False)], "train_base")
+        return _variables_under([model])
+    roots = {"none": [], "all": [model], "lora_only": adapted}[config.bias]
+    biases = {
+        id(node)
+        for root in roots
+        for path, node in walk(root)
+        if isinstance(node, nnx.Param) and "bias" in path_of(path[-1:])
+    }
+    if roots and not biases:
+        raise ValueError(f'bias="{config.bias}" finds no bias in this model; take bias="none"')
+    return biases
 
 
 def _require_host(model: nnx.Module) -> None:
@@ -104,14 +129,14 @@ def _variables_under(nodes: list[nnx.Module]) -> set[int]:
     return {id(node) for root in nodes for _, node in walk(root) if isinstance(node, nnx.Param)}
 
 
-def _refuse_quantized(saved: list[NamedModule]) -> None:
+def _refuse_quantized(saved: list[NamedModule], key: str) -> None:
     for module in saved:
         for path, node in walk(module.node):
             if isinstance(node, QuantizedLinear):
                 where = "/".join(filter(None, (module.paths[0], path_of(path))))
                 raise ValueError(
-                    f"modules_to_save would train {where}, which is quantised to {node.qtype}; take it out of "
-                    "modules_to_save, or load the model without quantising it"
+                    f"{key} would train {where}, which is quantised to {node.qtype}; take it out of "
+                    f"{key}, or load the model without quantising it"
                 )
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from melora_jax.graph import rewrite, walk
-from melora_jax.layers import FrozenParam, MELoRADense, thaw
+from melora_jax.layers import BaseParam, FrozenParam, MELoRADense, thaw
 from melora_jax.quantization import QuantizedLinear
 from melora_jax.stacking import unstack_layers
 from melora_jax.surgery import CONFIG_ATTRIBUTE, adapters_of, config_of, require_live
@@ -52,7 +52,8 @@ def unwrap(model: M) -> M: ...
 def unwrap(model: nnx.Module) -> nnx.Module:
     """A new model: the base without its adapters, parameters typed and valued as before `adapt`.
 
-    Modules in `modules_to_save` keep what they learned. `model` is left as it was.
+    Modules in `modules_to_save`, and what of the base was trained itself, keep what they learned. `model` is left as
+    it was.
 
     Raises:
       ValueError: the model has no adapters, or a training step has deleted its arrays.
@@ -62,7 +63,7 @@ def unwrap(model: nnx.Module) -> nnx.Module:
 
 def _plain(model: nnx.Module, merged: bool) -> nnx.Module:
     if not isinstance(model, MELoRADense) and not adapters_of(model):
-        config_of(model)  # a model with a trained head and no sites is fine
+        config_of(model)  # a model that was trained without sites is fine
     require_live(model)
     if merged:
         _say_rounding(model)
@@ -101,7 +102,7 @@ def _restore(model: nnx.Module, merged: bool) -> nnx.Module:
         return layers.get(id(node), node)
 
     def swap_variable(path: Any, node: Any) -> Any:
-        if isinstance(node, FrozenParam) and id(node) not in variables:
+        if isinstance(node, FrozenParam | BaseParam) and id(node) not in variables:
             variables[id(node)] = thaw(node)
         return variables.get(id(node), node)
 

@@ -1,7 +1,7 @@
 """The optimizer by kind of parameter, and the jitted training step.
 
-`make_optimizer` is an `optax.multi_transform` over the labels "a", "b", "head" and "frozen". It is an ordinary optax
-transformation, so `nnx.Optimizer(model, tx, wrt=nnx.Param)` takes it too.
+`make_optimizer` is an `optax.multi_transform` over the labels "a", "b", "base", "head" and "frozen". It is an ordinary
+optax transformation, so `nnx.Optimizer(model, tx, wrt=nnx.Param)` takes it too.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from melora_jax.checks import check_count
 from melora_jax.dropout import dropout_key
 from melora_jax.graph import path_of
-from melora_jax.layers import FrozenParam, MELoRAParam
+from melora_jax.layers import BaseParam, FrozenParam, MELoRAParam
 from melora_jax.sharding import batch_sharding, constrain, mesh_of_tree, put, shardings_like, shardings_of, use_mesh
 
-Label = Literal["a", "b", "head", "frozen"]
+Label = Literal["a", "b", "base", "head", "frozen"]
 Batch = Any
 Loss = Callable[[nnx.Module, Batch], Any]
 Metrics = dict[str, jax.Array]
@@ -30,7 +30,8 @@ Metrics = dict[str, jax.Array]
 def labels_of(model: nnx.Module) -> Callable[[Any], Any]:
     """A function from any tree of the model's variables to the same tree of labels.
 
-    "a" and "b" are adapter factors, "head" is every other `nnx.Param`, "frozen" is all the rest.
+    "a" and "b" are adapter factors, "base" is what is trained of the base, "head" every other `nnx.Param`, "frozen"
+    all the rest.
 
     >>> from melora_jax.layers import MELoRADense
     >>> layer = MELoRADense(4, 6, n=2, rngs=nnx.Rngs(0))
@@ -54,6 +55,8 @@ def labels_of(model: nnx.Module) -> Callable[[Any], Any]:
 def _label(path: str, variable: Any) -> Label:
     if isinstance(variable, MELoRAParam):
         return "a" if path.rpartition("/")[2] == "a" else "b"
+    if isinstance(variable, BaseParam):
+        return "base"
     return "head" if isinstance(variable, nnx.Param) else "frozen"
 
 
@@ -73,7 +76,7 @@ def make_optimizer(
 
     Args:
       model: an adapted model; its variables' paths and types give the labels.
-      learning_rate: of A, and of what has none of its own; a number or an optax schedule.
+      learning_rate: of A, of the base, and of what has none of its own; a number or an optax schedule.
       head_learning_rate: of `modules_to_save` (the authors take half of `learning_rate`).
       b_learning_rate: of B (LoRA+, arXiv 2402.12354, takes 16 times `learning_rate`).
       weight_decay: decoupled, on everything trained (the authors: 0.01, torch's default).
@@ -100,6 +103,8 @@ def make_optimizer(
         "head": adamw(head_learning_rate),
         "frozen": optax.set_to_zero(),
     }
+    if nnx.to_flat_state(nnx.state(model, BaseParam)):
+        trained["base"] = adamw(None)
     update = optax.multi_transform(trained, labels)
     if clip_norm is None:
         return update

@@ -7,9 +7,10 @@ import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from melora_jax import checks
+from melora_jax.config import Bias
 from melora_jax.storage import read_json
 
 PEFT_CONFIG = "adapter_config.json"
@@ -39,6 +40,7 @@ class PeftSettings:
       dropout, rslora: as in PEFT.
       rank_pattern, alpha_pattern: overrides by PEFT's own kind of pattern.
       modules_to_save: names of the modules that were trained whole.
+      bias: which of the base's biases were trained, as in PEFT.
       tied: the embedding is the output layer too.
       nblocks: blocks of each A that are stored without the zeros between them; 1 for a plain A.
       base_model, task: the base's name and our word for its task, where known.
@@ -52,6 +54,7 @@ class PeftSettings:
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
+    bias: Bias = "none"
     tied: bool = False
     nblocks: int = 1
     base_model: str | None = None
@@ -88,8 +91,8 @@ def read_settings(folder: Path) -> PeftSettings:
 def _require_known(values: Mapping[str, Any], where: Path) -> None:
     if values.get("peft_type") not in ("LORA", "MELORA"):
         raise ValueError(f"{where} is of peft_type {values.get('peft_type')!r}; LORA and the authors' MELORA are read")
-    if values.get("bias", "none") != "none":
-        raise ValueError(f"{where} has bias={values['bias']!r}: trained biases have no place here; merge them in PEFT")
+    if values.get("bias", "none") not in get_args(Bias):
+        raise ValueError(f"{where} has bias={values['bias']!r}; PEFT knows {', '.join(get_args(Bias))}")
     if str(values.get("init_lora_weights")).lower().startswith(_ALTERED_BASES):
         start = values["init_lora_weights"]
         raise ValueError(
@@ -115,6 +118,7 @@ def _settings(values: Mapping[str, Any]) -> PeftSettings:
         **(_minis(values) if values["peft_type"] == "MELORA" else _ranks(values)),
         dropout=dropout,
         modules_to_save=tuple(modules),
+        bias=values.get("bias", "none"),
         tied=bool(values.get("ensure_weight_tying")),
         nblocks=_nblocks(values.get("use_bdlora")),
         base_model=base if isinstance(base, str) else None,

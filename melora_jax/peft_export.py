@@ -39,7 +39,7 @@ class PeftHost:
     """What an export must know of the model beside its adapter.
 
     Attributes:
-      saved: the parameters of its saved modules under their names and in the layout of torch.
+      saved: what is trained beside its factors under PEFT's names and in the layout of torch.
       other_modules: paths of its modules that have no adapter. If one shares its last name with an adapted one,
         `target_modules` lists whole paths instead of names.
       tied: an embedding that is the output layer too is adapted or saved; PEFT is told to keep the two equal.
@@ -106,8 +106,9 @@ def write_peft(
 def _nblocks(tree: AdapterTree) -> int:
     """How many blocks A of every site has: what divides each site's n, since PEFT knows one number for all."""
     for path, site in tree.sites.items():
-        if site.lookup or site.spec.mixer == "all":
-            kind = "an embedding" if site.lookup else 'mixer="all", of which A is dense'
+        if site.lookup or site.spec.mixer in ("all", "scatter"):
+            dense = f'mixer="{site.spec.mixer}", of which A is not block-diagonal'
+            kind = "an embedding" if site.lookup else dense
             raise ValueError(f'format="bdlora" has no place for {path}: it is {kind}; choose format="lora"')
     nblocks = math.gcd(*(site.spec.n for site in tree.sites.values()))
     if nblocks == 1:
@@ -153,7 +154,7 @@ def _peft_config(tree: AdapterTree, host: PeftHost, rank: int, alpha: float) -> 
         "lora_dropout": tree.config.dropout,
         "target_modules": targets,
         "modules_to_save": saved or None,
-        "bias": "none",
+        "bias": tree.config.bias,
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,

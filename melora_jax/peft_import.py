@@ -63,7 +63,7 @@ def read_peft(folder: str | Path) -> AdapterTree:
         logger.warning("%s is not what %s beside it describes: it was changed since; read as LoRA", file, CONFIG_FILE)
     found = {path: _site_factors(path, site, settings, file) for path, site in sites.items()}
     modules = [name for name in settings.modules_to_save if any(_is_in(name, path) for path in saved)]
-    config = config_of_sites({path: site.spec for path, site in found.items()}, modules)
+    config = config_of_sites({path: site.spec for path, site in found.items()}, modules, settings.bias)
     return AdapterTree(config, found, saved, settings.base_model, settings.task)
 
 
@@ -94,7 +94,9 @@ def _sorted(tensors: Mapping[str, np.ndarray], file: Path) -> tuple[dict[str, _S
     for key, value in tensors.items():
         found = _FACTOR.fullmatch(key)
         if found is None:
-            others[re.sub(r"\.modules_to_save(\.default)?(?=\.)", "", key)] = value
+            # with bias="all" PEFT writes a saved module's bias twice more, once as it was before training
+            if ".original_module." not in key:
+                others[re.sub(r"\.modules_to_save(\.default)?(?=\.)", "", key)] = value
             continue
         path, mini = found["site"].replace(".", "/"), found["mini"] or ""
         side = (found["side"], "" if mini == "default" else mini)
@@ -115,14 +117,15 @@ def _is_in(module: str, path: str) -> bool:
 
 
 def _saved(others: Mapping[str, np.ndarray], settings: PeftSettings, file: Path) -> dict[str, np.ndarray]:
-    """The parameters of the modules that were trained whole, by their path and in the layout of Flax."""
+    """What was trained beside the factors, by its path and in the layout of Flax."""
     saved: dict[str, np.ndarray] = {}
     for name, value in others.items():
         if name.endswith(".base_layer.weight"):
             logger.warning("%s holds the base's own %s, which is left out: the model's is used", file, name)
             continue
-        path, array = flax_from_torch(name, value)
-        if not any(_is_in(module, path) for module in settings.modules_to_save):
+        path, array = flax_from_torch(name.replace(".base_layer.bias", ".bias"), value)
+        trained_bias = settings.bias != "none" and name.endswith(".bias")
+        if not trained_bias and not any(_is_in(module, path) for module in settings.modules_to_save):
             tie = [key for key in saved if key.endswith("embed_tokens/embedding") and settings.tied]
             if name == "lm_head.weight" and tie and np.array_equal(saved[tie[0]], value):
                 continue  # the other end of a tie, which PEFT wants to see twice

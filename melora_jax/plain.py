@@ -46,6 +46,8 @@ def factors_from_plain(
     """
     n, r = spec.n, max(spec.r)
     scale = blocks.scale_of(spec)
+    if spec.mixer == "scatter":
+        left, right = left[blocks.feature_order(len(left), 0)], right[:, blocks.feature_order(right.shape[1], 1)]
     divisor = np.where(scale == 0, 1, scale) if scaled else np.ones_like(scale)
     if spec.mixer == "all":
         a = left.reshape(n, -1, r) / divisor[:, None, :]

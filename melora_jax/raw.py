@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from melora_jax import blocks
 from melora_jax.checks import check_sizes
-from melora_jax.config import AdapterSpec, MELoRAConfig, Strategy
+from melora_jax.config import AdapterSpec, MELoRAConfig, Strategy, require_frozen_base
 from melora_jax.selection import NamedModule, require_patterns, select, spec_of
 from melora_jax.update import merged_kernel, update_of
 from melora_jax.views import DenseView, unadaptable, view_of_general
@@ -50,8 +50,8 @@ def init(kernels: Mapping[str, Any], config: MELoRAConfig, key: Array) -> dict[s
       key: source of the start values. An adapter folds in its path.
 
     Raises:
-      ValueError: a target, override or exclusion matches nothing, a kernel has not two axes, n does not divide it, or
-        `modules_to_save` is not empty.
+      ValueError: a target, override or exclusion matches nothing, a kernel has not two axes, n does not divide it,
+        `modules_to_save` is not empty, or `config` trains the base's own parameters.
 
     >>> kernels = {"query": jnp.ones((6, 4)), "bias": jnp.ones(4)}
     >>> adapters = init(kernels, MELoRAConfig(n=2, r=3, targets=["query"]), jax.random.key(0))
@@ -62,6 +62,7 @@ def init(kernels: Mapping[str, Any], config: MELoRAConfig, key: Array) -> dict[s
     >>> bool(jnp.allclose(y, x @ merge(kernels, adapters)["query"]))
     True
     """
+    require_frozen_base(config, "melora_jax.raw")
     if config.modules_to_save:
         saved = list(config.modules_to_save)
         raise ValueError(f"modules_to_save={saved} can't be kept in adapters; train these arrays beside them instead")

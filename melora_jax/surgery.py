@@ -11,14 +11,13 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from melora_jax.adaptation import Adaptation, Site
 from melora_jax.blocks import start_key
 from melora_jax.config import MELoRAConfig
 from melora_jax.graph import path_of, rewrite, walk
-from melora_jax.layers import FrozenParam, MELoRADense, MELoRAParam, freeze
+from melora_jax.layers import BaseParam, FrozenParam, MELoRADense, MELoRAParam, freeze, in_float32, trained
 from melora_jax.matching import Plan, plan_sites
 from melora_jax.probing import check_outputs_move
 from melora_jax.serving import rank_note, served_rank
@@ -34,8 +33,9 @@ _log = logging.getLogger("melora_jax")
 def adapt(model: nnx.Module, config: MELoRAConfig, *, rngs: nnx.Rngs, probe: Any = None) -> Adaptation:
     """Puts mini-adapters into `model`, in place, and freezes the rest.
 
-    Every `nnx.Param` becomes a `FrozenParam`, but for those of `modules_to_save`, which are cast to float32;
-    each matched layer becomes a `MELoRADense` around the layer it was. Shared layers and tied variables stay shared.
+    Every `nnx.Param` becomes a `FrozenParam`, but for those of `modules_to_save`, and those that `bias` or `train_base`
+    trains, which become `BaseParam`; both are cast to float32. Each matched layer becomes a `MELoRADense` around the
+    layer it was. Shared layers and tied variables stay shared.
 
     Args:
       model: any tree of NNX modules, lists, dicts and tuples.
@@ -103,25 +103,24 @@ def _place_factors(layer: MELoRADense) -> None:
 
 
 def _freeze_base(model: nnx.Module, plan: Plan) -> None:
-    """Re-types parameters: those of saved modules to float32 `nnx.Param`, all others to `FrozenParam`."""
+    """Re-types parameters: those that are trained stay `nnx.Param`, in float32; all others become `FrozenParam`."""
     fresh: dict[int, nnx.Variable] = {}
 
     def swap(path: Any, node: Any) -> Any:
         if not isinstance(node, nnx.Param):
             return node
         if id(node) not in fresh:
-            fresh[id(node)] = _as_float32(node) if id(node) in plan.saved_variables else freeze(node)
+            retype = _as_float32 if id(node) in plan.saved_variables else freeze
+            fresh[id(node)] = (trained if id(node) in plan.base_variables else retype)(node)
         return fresh[id(node)]
 
     rewrite(model, swap)
 
 
 def _as_float32(variable: nnx.Variable) -> nnx.Variable:
-    # Updates of a small learning rate vanish in bfloat16; the layer's own dtype still sets how it computes.
-    value = variable[...]
-    if not jnp.issubdtype(value.dtype, jnp.floating) or value.dtype == jnp.float32:
-        return variable
-    return type(variable).from_metadata(value.astype(jnp.float32), variable.get_metadata())
+    # The layer's own dtype still sets how it computes.
+    value = in_float32(variable[...])
+    return variable if value.dtype == variable.dtype else type(variable).from_metadata(value, variable.get_metadata())
 
 
 def adapters_of(model: nnx.Module) -> dict[str, MELoRADense]:
@@ -169,7 +168,8 @@ def describe(model: nnx.Module) -> Adaptation:
     return Adaptation(
         sites=sites,
         adapter=sum(site.parameters for site in sites),
-        head=_size_of(model, nnx.Param) - _size_of(model, MELoRAParam),
+        head=_size_of(model, nnx.Param) - _size_of(model, MELoRAParam) - _size_of(model, BaseParam),
+        base=_size_of(model, BaseParam),
         frozen=_size_of(model, FrozenParam),
         saved=tuple(config.modules_to_save),
         notes=whole_notes(

@@ -49,10 +49,10 @@ def update_of(
     a, b = in_dtype_of(adapter, a, y), in_dtype_of(adapter, b, y)
     if view.lookup:  # an embedding's dropout drops whole tokens
         keep = dropout(jnp.ones(x.shape, a.dtype), adapter.spec.dropout, adapter.path, layer)
-        latents = blocks.look_up(x, a, keep)
+        latents = blocks.look_up(x, a, keep, adapter.spec.mixer)
     else:
         flat = dropout(view.flatten_input(x).astype(a.dtype), adapter.spec.dropout, adapter.path, layer)
-        latents = blocks.reduce(flat, a, adapter.strategy)
+        latents = blocks.reduce(flat, a, adapter.strategy, adapter.spec.mixer)
     scale = blocks.scale_of(adapter.spec)
     flat_update = blocks.expand(latents, b, scale, adapter.spec.mixer, adapter.strategy)
     return view.unflatten_output(flat_update).astype(y.dtype)

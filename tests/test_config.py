@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 import melora_jax as mj
-from melora_jax.config import AdapterSpec, first_match, is_suffix, matches
+from melora_jax.config import AdapterSpec
+from melora_jax.patterns import first_match, is_suffix, matches
 
 FULL: dict[str, Any] = {
     "n": 3,
@@ -145,7 +146,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"dropout": 1.0}, "dropout=1.0 must be a number at least 0 and below 1"),
     ({"dropout": -0.1}, "dropout=-0.1 must be a number at least 0 and below 1"),
     ({"scaling": "rs-lora"}, "scaling='rs-lora' is unknown; choose 'rslora'"),
-    ({"mixer": "gralora"}, "mixer='gralora' is unknown; choose 'identity' or 'all' or 'shuffle'"),
+    ({"mixer": "gralora"}, "mixer='gralora' is unknown; choose 'identity' or 'all' or 'shuffle' or 'scatter'"),
     ({"strategy": "pack"}, "strategy='pack' is unknown; choose 'packed'"),
     ({"init": "zeros"}, "init='zeros' is unknown; choose 'kaiming' or 'gaussian'"),
     ({"dtype": "float23"}, "dtype='float23' is unknown; choose 'float32'"),

@@ -122,6 +122,7 @@ def test_without_a_mesh_nothing_is_constrained() -> None:
         (3, "identity", "n=3 is no multiple of tensor=2"),
         (1, "identity", "n=1 is no multiple of tensor=2"),
         (4, "shuffle", "mixer='shuffle' mixes the minis"),
+        (4, "scatter", "mixer='scatter' mixes the minis"),
     ],
 )
 def test_minis_are_cut_where_their_number_divides(n: int, mixer: Any, reason: str | None) -> None:
