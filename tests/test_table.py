@@ -111,7 +111,7 @@ def test_a_dry_run_counts_and_writes_nothing(material: Path, tmp_path: Path, cap
     given = words(material, tmp_path / "glue", seeds=["3"], methods=["lora:r=2", "full"])
     assert main([*given[:1], "--dry-run", *given[1:]]) == 0
     shown = capsys.readouterr().out
-    assert re.search(r"cola +lora:r=2 +96 +26 .* 5 +0", shown)
+    assert re.search(r"cola +lora:r=2 +96 +0 +26 .* 5 +0", shown)
     assert not (tmp_path / "glue").exists()
 
 

@@ -21,6 +21,8 @@ USAGE = """usage: python -m train COMMAND ...
   demo [--help]                                          compare head only, LoRA and MELoRA on real movie reviews
   demo-chat [--help]                                     tune a small chat model by LoRA and MELoRA; see it answer
   report FOLDER                                          write FOLDER/report.html again
+  glue --tasks all --methods lora:r=8 melora:n=8,r=8 [...]  tasks by methods by seeds, rates chosen fairly; --dry-run
+  study FOLDER [...]                                     a table's page, figures and data again
   plan RECIPE.toml --device v5e-8 [...]                  say whether a run fits into memory, from shapes alone
   crash-test RECIPE.toml [--kills 30]                    kill a run at random moments, resume it, compare the ends
   bench [--help]                                         time MELoRA and LoRA against the frozen model
@@ -101,6 +103,20 @@ def command_bench(words: Sequence[str]) -> int:
     return bench(words)
 
 
+def command_glue(words: Sequence[str]) -> int:
+    """A table of GLUE tasks by methods."""
+    from train.glue_table import glue
+
+    return glue(words)
+
+
+def command_study(words: Sequence[str]) -> int:
+    """What a table says about n and r."""
+    from train.study import study
+
+    return study(words)
+
+
 def command_plan(words: Sequence[str]) -> int:
     """The memory of a run, before it is made."""
     from train.plan import plan
@@ -122,6 +138,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "demo-chat": command_demo_chat,
     "report": command_report,
     "bench": command_bench,
+    "glue": command_glue,
+    "study": command_study,
     "plan": command_plan,
     "crash-test": command_crash_test,
 }

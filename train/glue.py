@@ -10,12 +10,13 @@ PREFIX = "glue/"
 
 @dataclasses.dataclass(frozen=True)
 class GlueTask:
-    """One GLUE task: text columns, metrics (the first one ranks checkpoints), held-out split and kind."""
+    """One GLUE task: text columns, metrics (the first one ranks checkpoints), held-out split, kind and outputs."""
 
     text: tuple[str, ...]
     metrics: tuple[str, ...] = ("accuracy",)
     validation_split: str = "validation"
     task: str = "classification"
+    classes: int = 2
 
 
 _PAIR = ("sentence1", "sentence2")
@@ -23,13 +24,13 @@ _PAIR = ("sentence1", "sentence2")
 # Wang et al. 2019, "GLUE", table 1; column names as on the hub.
 GLUE = {
     "cola": GlueTask(("sentence",), ("matthews", "accuracy")),
-    "mnli": GlueTask(("premise", "hypothesis"), validation_split="validation_matched"),
+    "mnli": GlueTask(("premise", "hypothesis"), validation_split="validation_matched", classes=3),
     "mrpc": GlueTask(_PAIR, ("accuracy", "f1")),
     "qnli": GlueTask(("question", "sentence")),
     "qqp": GlueTask(("question1", "question2"), ("accuracy", "f1")),
     "rte": GlueTask(_PAIR),
     "sst2": GlueTask(("sentence",)),
-    "stsb": GlueTask(_PAIR, ("pearson", "spearman", "mse"), task="regression"),
+    "stsb": GlueTask(_PAIR, ("pearson", "spearman", "mse"), task="regression", classes=1),
     "wnli": GlueTask(_PAIR),
 }
 

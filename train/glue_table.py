@@ -125,13 +125,14 @@ def _best_rate(row: Row) -> float:
 
 def _planned(rows: Sequence[Row]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for header in ("task", "method", "adapters", "others", "of the model", "runs", "done"):
+    for header in ("task", "method", "adapters", "base", "heads", "share", "runs", "done"):
         table.add_column(header, justify="left" if header in ("task", "method") else "right", overflow="fold")
     for row in rows:
         count = count_trainables(row.base)
         runs = [*row.choices().values(), *row.reported(row.rates[0])]
         done = sum(is_finished(Path(run.output.folder)) for run in runs)
-        cells = [f"{count.adapters:,}", f"{count.others:,}", f"{count.share:.3%}", str(len(runs)), str(done)]
+        share = count.trainable / (count.trainable + count.frozen)
+        cells = [f"{count.adapter:,}", f"{count.base:,}", f"{count.head:,}", f"{share:.3%}", str(len(runs)), str(done)]
         table.add_row(row.task, row.arm.word, *cells)
     return table
 
