@@ -99,9 +99,7 @@ def make_members(
     )
 
 
-def population_state(
-    models: Iterable[nnx.Module], tx: Optimizer, members: Members
-) -> tuple[TrainState, nnx.State]:
+def population_state(models: Iterable[nnx.Module], tx: Optimizer, members: Members) -> tuple[TrainState, nnx.State]:
     """The start of training a population: (state, frozen).
 
     Args:
@@ -144,7 +142,7 @@ def make_population_step(
 
     Args:
       model: gives the structure (see `make_train_step`); its alpha and dropout hold where `members` names none.
-      tx: the optimizer of all, or a function that makes one member's from its part of `members.optim` (scalars, traced).
+      tx: the optimizer of all, or a function that makes a member's from its part of `members.optim` (scalars, traced).
       loss: as for `make_train_step`.
       streams: "shared", all members see the same batch; or "own", the batch's arrays have a leading axis of members.
       accumulate: as for `make_train_step`, of each member's batch.
@@ -234,7 +232,9 @@ def _require_same_base(number: int, ours: nnx.State, theirs: nnx.State) -> None:
     _require_same_shapes(number, one, other)
     for path, value in one.items():
         if value is not other[path] and not bool((value == other[path]).all()):
-            raise ValueError(f"the base of model {number} differs from that of model 0 at {path}; members share one base")
+            raise ValueError(
+                f"the base of model {number} differs from that of model 0 at {path}; members share one base"
+            )
 
 
 def _require_same_shapes(number: int, ours: dict[str, Any], theirs: dict[str, Any]) -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import re
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -15,11 +13,15 @@ import tiny
 from flax import nnx
 
 import melora_jax as mj
-from melora_jax.dropout import adapter_dropout, dropout
 
 STEPS, ROWS, LENGTH = 50, 6, 5
 # One of each: a rate 0 among others, an alpha that is no power of two times the model's 16, a learning rate apart.
-SEEDS, RATES, ALPHAS, DROPOUTS = (3, 5, 5, 11), (4e-3, 2e-3, 4e-3, 7e-3), (16.0, 12.0, 32.0, 16.0), (0.3, 0.0, 0.3, 0.05)
+SEEDS, RATES, ALPHAS, DROPOUTS = (
+    (3, 5, 5, 11),
+    (4e-3, 2e-3, 4e-3, 7e-3),
+    (16.0, 12.0, 32.0, 16.0),
+    (0.3, 0.0, 0.3, 0.05),
+)
 BASE = {"seeds": (3,) * 4, "rates": (4e-3,) * 4, "alphas": (16.0,) * 4, "dropouts": (0.3,) * 4}
 VARIED = {
     "seed": {"seeds": SEEDS},
