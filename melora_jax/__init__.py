@@ -11,6 +11,14 @@ from melora_jax.models import abstract_model, from_pretrained, save_pretrained
 from melora_jax.models.gguf_tokenizer import tokenizer_from_gguf
 from melora_jax.optim import TrainState, make_optimizer, make_train_step, train_state
 from melora_jax.orbax import save_orbax
+from melora_jax.population import (
+    Members,
+    make_members,
+    make_population_eval,
+    make_population_step,
+    member_state,
+    population_state,
+)
 from melora_jax.quantization import Quantization, quantize
 from melora_jax.sharding import batch_sharding, make_mesh
 from melora_jax.stacking import Stacking, stack_layers, unstack_layers
@@ -25,6 +33,7 @@ __all__ = [
     "MELoRAConfig",
     "MELoRADense",
     "MELoRAParam",
+    "Members",
     "NewTokens",
     "Quantization",
     "Stacking",
@@ -40,10 +49,15 @@ __all__ = [
     "generate",
     "import_peft",
     "load_adapter",
+    "make_members",
     "make_mesh",
     "make_optimizer",
+    "make_population_eval",
+    "make_population_step",
     "make_train_step",
+    "member_state",
     "merge",
+    "population_state",
     "quantize",
     "save_adapter",
     "save_orbax",

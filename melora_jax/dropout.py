@@ -17,7 +17,7 @@ import dataclasses
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +86,28 @@ def dropout_key(key: jax.Array | None) -> Iterator[None]:
             _scope.reset(token)
 
 
+_adapter_rate: contextvars.ContextVar[jax.Array | None] = contextvars.ContextVar("melora_adapter_rate", default=None)
+
+
+@contextlib.contextmanager
+def adapter_dropout(rate: jax.Array | None) -> Iterator[None]:
+    """Inside, adapters drop at `rate`, which may be traced, and not at their own; None leaves them theirs.
+
+    A traced rate gives the mask of the same rate as a float, bit for bit, if it is a multiple of 1/65536.
+    """
+    token = _adapter_rate.set(rate)
+    try:
+        yield
+    finally:
+        _adapter_rate.reset(token)
+
+
+def adapter_rate(own: float) -> float | jax.Array:
+    """The rate in force for an adapter whose own is `own`."""
+    rate = _adapter_rate.get()
+    return own if rate is None else rate
+
+
 @contextlib.contextmanager
 def numbered_layer(number: jax.Array, name: str) -> Iterator[None]:
     """Inside a scanned run of layers: dropout sites in the block take `number` for the "*" in their path.
@@ -145,12 +167,12 @@ def key_for_site(path: str) -> jax.Array | None:
     return jax.random.fold_in(key, repeat) if repeat else key
 
 
-def dropout(x: jax.Array, rate: float, path: str, layer: jax.Array | None = None) -> jax.Array:
+def dropout(x: jax.Array, rate: float | jax.Array, path: str, layer: jax.Array | None = None) -> jax.Array:
     """Zeroes entries of `x` with probability `rate` and scales the rest by `1 / (1 - rate)`.
 
     Args:
       x: array of any shape and floating dtype.
-      rate: probability in [0, 1), rounded to a multiple of 1/65536 (in the scale too).
+      rate: probability in [0, 1), rounded to a multiple of 1/65536 (in the scale too); it may be traced.
       path: the site's path in the model; it names the site's random stream.
       layer: the layer's number in a stack of layers that has one path; it may be traced.
 
@@ -165,23 +187,38 @@ def dropout(x: jax.Array, rate: float, path: str, layer: jax.Array | None = None
     return x if keep is None else drop(x, keep, rate)
 
 
-def keep_mask(shape: tuple[int, ...], rate: float, path: str, layer: jax.Array | None = None) -> jax.Array | None:
+def keep_mask(
+    shape: tuple[int, ...], rate: float | jax.Array, path: str, layer: jax.Array | None = None
+) -> jax.Array | None:
     """Which entries of an array of `shape` dropout keeps at the site `path`, bool; None where it drops nothing."""
-    key = None if rate == 0.0 else key_for_site(path)
+    key = None if not isinstance(rate, jax.Array) and rate == 0.0 else key_for_site(path)
     if key is None:
         return None
     key = key if layer is None else jax.random.fold_in(key, layer)
     return _random_levels(key, shape) >= _dropped_levels(rate)
 
 
-def drop(x: jax.Array, keep: jax.Array, rate: float) -> jax.Array:
+def drop(x: jax.Array, keep: jax.Array, rate: float | jax.Array) -> jax.Array:
     """`x` with the entries that are not kept set to zero, and the others scaled by `1 / (1 - rate)`."""
     # bfloat16 would round the scale, and with it every kept entry the same way.
-    scaled = x.astype(jnp.promote_types(x.dtype, jnp.float32)) * (_LEVELS / (_LEVELS - _dropped_levels(rate)))
-    return jnp.where(keep, scaled.astype(x.dtype), jnp.zeros((), x.dtype))
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    kept = _LEVELS - _dropped_levels(rate)
+    scale = _LEVELS / (kept.astype(wide) if isinstance(kept, jax.Array) else kept)
+    return jnp.where(keep, (x.astype(wide) * scale).astype(x.dtype), jnp.zeros((), x.dtype))
 
 
-def _dropped_levels(rate: float) -> int:
+def rounded_rate(rate: float) -> float:
+    """The rate that dropout at `rate` has, a multiple of 1/65536, which float32 holds exactly."""
+    return _dropped_levels(rate) / _LEVELS
+
+
+@overload
+def _dropped_levels(rate: float) -> int: ...
+@overload
+def _dropped_levels(rate: jax.Array) -> jax.Array: ...
+def _dropped_levels(rate: float | jax.Array) -> int | jax.Array:
+    if isinstance(rate, jax.Array):
+        return jnp.minimum(jnp.round(rate * _LEVELS), _LEVELS - 1).astype(jnp.int32)
     return min(round(rate * _LEVELS), _LEVELS - 1)
 
 

@@ -174,6 +174,14 @@ def make_train_step(
     """
     check_count("accumulate", accumulate)
     graphdef = nnx.split(model, nnx.Param, FrozenParam, ...)[0]
+    step = step_of(graphdef, tx, loss, accumulate, mesh)
+    return jax.jit(step, donate_argnums=0, **_step_shardings(model, tx, mesh))
+
+
+def step_of(
+    graphdef: Any, tx: optax.GradientTransformation, loss: Loss, accumulate: int, mesh: Mesh | None
+) -> Callable[[TrainState, nnx.State, Batch, jax.Array], tuple[TrainState, Metrics]]:
+    """The training step before it is jitted; arguments as for `make_train_step`, `graphdef` is the model's."""
 
     def loss_of(trainable: nnx.State, frozen: nnx.State, host: nnx.State, batch: Batch, key: jax.Array) -> Any:
         current = nnx.merge(graphdef, trainable, frozen, host, copy=True)
@@ -197,7 +205,7 @@ def make_train_step(
         metrics = metrics | {"grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, trainable, opt_state, host), metrics
 
-    return jax.jit(step, donate_argnums=0, **_step_shardings(model, tx, mesh))
+    return step
 
 
 def _step_shardings(model: nnx.Module, tx: optax.GradientTransformation, mesh: Mesh | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from melora_jax import blocks
 from melora_jax.config import AdapterSpec, Strategy
-from melora_jax.dropout import dropout
+from melora_jax.dropout import adapter_rate, dropout
 from melora_jax.views import DenseView
 
 
@@ -47,11 +47,12 @@ def update_of(
       layer: the layer's number in a stack that shares this path, for its dropout; it may be traced.
     """
     a, b = in_dtype_of(adapter, a, y), in_dtype_of(adapter, b, y)
+    rate = adapter_rate(adapter.spec.dropout)
     if view.lookup:  # an embedding's dropout drops whole tokens
-        keep = dropout(jnp.ones(x.shape, a.dtype), adapter.spec.dropout, adapter.path, layer)
+        keep = dropout(jnp.ones(x.shape, a.dtype), rate, adapter.path, layer)
         latents = blocks.look_up(x, a, keep, adapter.spec.mixer)
     else:
-        flat = dropout(view.flatten_input(x).astype(a.dtype), adapter.spec.dropout, adapter.path, layer)
+        flat = dropout(view.flatten_input(x).astype(a.dtype), rate, adapter.path, layer)
         latents = blocks.reduce(flat, a, adapter.strategy, adapter.spec.mixer)
     scale = blocks.scale_of(adapter.spec)
     flat_update = blocks.expand(latents, b, scale, adapter.spec.mixer, adapter.strategy)

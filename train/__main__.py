@@ -17,6 +17,7 @@ from train.errors import RunError
 USAGE = """usage: python -m train COMMAND ...
 
   run RECIPE.toml [--section.key value ...] [--resume]   fine-tune a model; --help after the recipe lists all keys
+  sweep RECIPE.toml [--seeds 8] [--grid KEY=V,V ...]     train a grid of runs, those of equal shapes in one step
   generate MODEL [--adapter FOLDER] [--prompt TEXT]      answer prompts, by default those typed; --help lists all keys
   demo [--help]                                          compare head only, LoRA and MELoRA on real movie reviews
   demo-chat [--help]                                     tune a small chat model by LoRA and MELoRA; see it answer
@@ -63,6 +64,13 @@ def command_run(words: Sequence[str]) -> int:
     print("\n".join(finish(experiment)))
     meet("the results are written")
     return 0
+
+
+def command_sweep(words: Sequence[str]) -> int:
+    """A grid of runs, trained as populations."""
+    from train.sweep import sweep
+
+    return sweep(words)
 
 
 def command_generate(words: Sequence[str]) -> int:
@@ -133,6 +141,7 @@ def command_crash_test(words: Sequence[str]) -> int:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "run": command_run,
+    "sweep": command_sweep,
     "generate": command_generate,
     "demo": command_demo,
     "demo-chat": command_demo_chat,

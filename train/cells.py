@@ -1,4 +1,4 @@
-"""The runs of a table, one after another; what is finished is kept, and what was broken off goes on."""
+"""The runs of a table's row, trained as one population; what is finished is kept, and what was broken off goes on."""
 
 from __future__ import annotations
 
@@ -9,25 +9,36 @@ from train.config import RunConfig
 from train.experiment import prepare
 from train.finish import finish
 from train.loop import Outcome, describe_stop, run
+from train.population import run_population
 from train.report import FILE_NAME
 
 
-def run_cells(configs: Sequence[RunConfig]) -> Outcome | None:
-    """Trains each configuration to its end, unless its folder holds the finished run.
+def run_cells(configs: Sequence[RunConfig], folder: Path, command: Sequence[str]) -> Outcome | None:
+    """Trains runs that differ in numbers alone to their end, unless their folders hold them finished.
+
+    Args:
+      configs: of the runs.
+      folder: for what a population of several has in common.
+      command: the words that go on with it.
 
     Returns:
-      None, or how the run ended that a signal stopped.
+      None, or how a run ended that a signal stopped.
     """
-    for config in configs:
-        folder = Path(config.output.folder)
-        if is_finished(folder):
-            continue
-        experiment = prepare(config)
-        outcome = run(experiment, resume=is_started(folder))
-        if outcome.stopped_by:
-            print(describe_stop(outcome, folder))
-            return outcome
-        finish(experiment)
+    if all(is_finished(Path(config.output.folder)) for config in configs):
+        return None
+    if len(configs) == 1:
+        return _run_alone(configs[0])
+    outcomes = run_population(configs, folder, command, resume=folder.exists())
+    return next((outcome for outcome in outcomes if outcome.stopped_by), None)
+
+
+def _run_alone(config: RunConfig) -> Outcome | None:
+    experiment = prepare(config)
+    outcome = run(experiment, resume=_is_started(experiment.folder))
+    if outcome.stopped_by:
+        print(describe_stop(outcome, experiment.folder))
+        return outcome
+    finish(experiment)
     return None
 
 
@@ -36,6 +47,5 @@ def is_finished(folder: Path) -> bool:
     return (folder / FILE_NAME).exists()
 
 
-def is_started(folder: Path) -> bool:
-    """Whether `folder` holds a run that can be resumed."""
+def _is_started(folder: Path) -> bool:
     return (folder / "metrics.jsonl").exists() or (folder / "checkpoints").exists()

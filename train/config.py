@@ -41,6 +41,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "train.batch_size": _COUNT,
     "train.accumulate": _COUNT,
     "train.seed": (0, 2**32),
+    "train.data_seed": (0, 2**32),
     "train.eval_every": _COUNT,
     "train.eval_batch_size": _COUNT,
     "train.patience": _COUNT,
@@ -83,6 +84,11 @@ class RunConfig(Sections):
     def metric(self) -> str:
         """The metric, or loss, that ranks checkpoints."""
         return self.train.metric or self.metrics[0]
+
+    @property
+    def data_seed(self) -> int:
+        """The seed of the order of rows."""
+        return self.train.seed if self.train.data_seed is None else self.train.data_seed
 
     def _problems(self) -> Iterator[str]:
         if not self.model.name:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from train.cells import is_finished, run_cells
+from train.errors import RunError
 from train.loop import exit_code
 from train.metrics import is_better
 from train.results import read_results, score_after_last, write_manifest
@@ -74,10 +75,11 @@ def glue(words: Sequence[str]) -> int:
         console.print(_planned(rows))
         return 0
     options.folder.mkdir(parents=True, exist_ok=True)
-    write_manifest(options.folder, rows, reference, shlex.join(["python", "-m", "train", "glue", *words]))
+    command = ["python", "-m", "train", "glue", *words]
+    write_manifest(options.folder, rows, reference, shlex.join(command))
     for number, row in enumerate(rows, start=1):
         console.rule(f"{number} of {len(rows)}: {row.task}, {row.arm.word}")
-        stopped = _run_row(console, row)
+        stopped = _run_row(console, row, command)
         if stopped is not None:
             console.print("the same command goes on with the table", highlight=False)
             return stopped
@@ -101,15 +103,15 @@ def _reference(options: Options, rows: Sequence[Row]) -> str:
     return options.reference
 
 
-def _run_row(console: Console, row: Row) -> int | None:
+def _run_row(console: Console, row: Row, command: Sequence[str]) -> int | None:
     """Chooses the row's learning rate and makes its runs; the exit code if a signal stopped one."""
     choices = row.choices()
-    stopped = run_cells(list(choices.values()))
+    stopped = run_cells(list(choices.values()), row.folder / "rates", command) if choices else None
     if stopped is None:
         rate = _best_rate(row) if choices else row.rates[0]
         if choices:
             console.print(f"learning rate {rate:g}, by {row.held_back} training rows held back", highlight=False)
-        stopped = run_cells(row.reported(rate))
+        stopped = run_cells(row.reported(rate), row.folder / "seeds", command)
     return None if stopped is None else exit_code(stopped)
 
 
@@ -118,9 +120,11 @@ def _best_rate(row: Row) -> float:
     best: tuple[float, float] | None = None
     for rate, config in sorted(row.choices().items()):
         score = score_after_last(read_run(config.output.folder))
-        if best is None or is_better(row.base.metric, score, best[1]):
+        if is_better(row.base.metric, score, None if best is None else best[1]):
             best = rate, score
-    return best[0] if best else row.rates[0]
+    if best is None:
+        raise RunError(f"{row.task}, {row.arm.word}: no learning rate gave a score; give lower --rates")
+    return best[0]
 
 
 def _planned(rows: Sequence[Row]) -> Table:

@@ -11,10 +11,10 @@ from typing import Any
 import jax
 
 import melora_jax as mj
-from train.config import to_toml
+from train.config import RunConfig, to_toml
 from train.experiment import Experiment
 from train.record import replace_text
-from train.run_folder import resume_command
+from train.run_folder import population_of, resume_command
 
 # Settings that may change between the parts of a run: they touch neither the weights nor the order of the data.
 _FREE = (("output", "folder"), ("train", "log_every"), ("train", "tensorboard"), ("train", "patience"))
@@ -28,6 +28,11 @@ def check_folder(folder: Path, resume: bool) -> None:
     started = (folder / "metrics.jsonl").exists() or (folder / "checkpoints").exists()
     if resume and not started:
         raise ValueError(f"{folder} holds no checkpoint to resume from; start the run without --resume")
+    if started and population_of(folder) is not None:
+        raise ValueError(
+            f"{folder} is part of a population; continue that with `{resume_command(folder)}`, or choose another "
+            "--output.folder"
+        )
     if started and not resume:
         raise ValueError(
             f"{folder} holds a run already; continue it with `{resume_command(folder)}`, or choose another "
@@ -39,13 +44,13 @@ def check_started(experiment: Experiment) -> None:
     """`check_config` for a run that left no checkpoint, if it came so far as to say what it is."""
     stated = experiment.folder / "config.toml"
     if stated.exists():
-        check_config(experiment, stated.read_text(encoding="utf-8"))
+        check_config(experiment.config, stated.read_text(encoding="utf-8"))
 
 
-def check_config(experiment: Experiment, saved: str) -> None:
+def check_config(config: RunConfig, saved: str) -> None:
     """A resumed run must be the same run."""
-    folder = experiment.folder
-    here, there = tomllib.loads(to_toml(experiment.config)), tomllib.loads(saved)
+    folder = Path(config.output.folder)
+    here, there = tomllib.loads(to_toml(config)), tomllib.loads(saved)
     for section in here.keys() | there.keys():
         for key in here.get(section, {}).keys() | there.get(section, {}).keys():
             ours, theirs = (table.get(section, {}).get(key) for table in (here, there))

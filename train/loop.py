@@ -32,11 +32,15 @@ from train.run_folder import resume_command
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a run ended: its best ranking metric, its last step, and the signal that stopped it, if one did."""
+    """How a run ended: its best ranking metric, its last step, and the signal that stopped it, if one did.
+
+    A member of a population whose loss was not finite after `diverged` steps ended there, without stopping the others.
+    """
 
     best: float | None
     step: int
     stopped_by: int | None = None
+    diverged: int | None = None
 
 
 def run(experiment: Experiment, resume: bool = False) -> Outcome:
@@ -54,7 +58,7 @@ def run(experiment: Experiment, resume: bool = False) -> Outcome:
     with Checkpoints(folder / "checkpoints") as checkpoints:
         notes, saved = Bookkeeping(config=to_toml(experiment.config)), checkpoints.latest() is not None
         if saved:
-            check_config(experiment, checkpoints.notes().config)
+            check_config(experiment.config, checkpoints.notes().config)
             state, notes = checkpoints.restore(state)
         elif resume:
             check_started(experiment)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -114,8 +115,9 @@ def read_results(folder: Path) -> list[Result]:
 
 
 def score_after_last(run: Run) -> float:
-    """The ranking metric at a run's last evaluation."""
-    return float(run.evaluations[-1][run.metrics[0]])
+    """The ranking metric after a run's last step; NaN where its loss was not finite before that."""
+    evaluated = [event for event in run.evaluations if event["step"] == run.last_step]
+    return float(evaluated[-1][run.metrics[0]]) if evaluated else math.nan
 
 
 def _result(folder: Path, entry: Mapping[str, Any]) -> Result | None:
@@ -141,6 +143,6 @@ def _result(folder: Path, entry: Mapping[str, Any]) -> Result | None:
         choices={rate: score_after_last(read_run(place / name)) for rate, name in entry["choices"].items()},
         steps=first.last_step,
         last={seed: score_after_last(run) for seed, run in runs.items()},
-        best={seed: float((run.best or run.evaluations[-1])[metric]) for seed, run in runs.items()},
+        best={seed: float(run.best[metric]) if run.best else math.nan for seed, run in runs.items()},
         effective=float(np.mean(effective)) if effective else None,
     )

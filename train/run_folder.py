@@ -18,6 +18,7 @@ import numpy.typing as npt
 from melora_jax.spectrum import numerical_rank
 from train.record import Event, read_metrics
 
+POPULATION = "population.json"
 _NOT_METRICS = ("step", "epoch", "seconds", "loss")
 
 
@@ -136,8 +137,18 @@ class Run:
 
 
 def resume_command(folder: Path) -> str:
-    """The command that continues the run in `folder`."""
+    """The command that continues the run in `folder`: its own, or that of the population it is a member of."""
+    if (words := population_of(folder)) is not None:
+        return shlex.join(words)
     return f"python -m train run {shlex.quote(str(folder / 'config.toml'))} --resume"
+
+
+def population_of(folder: Path) -> list[str] | None:
+    """The words of the command that made the run as a member of a population; None for a run of its own."""
+    path = folder / POPULATION
+    if not path.exists():
+        return None
+    return [str(word) for word in _checked(_json_object(path), "resume", list, path)]
 
 
 def read_run(folder: str | os.PathLike[str]) -> Run:

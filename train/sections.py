@@ -203,6 +203,8 @@ class TrainConfig:
     """Parts a batch is split into, one after another, to save memory."""
     seed: int = 42
     """Seed of the head, the adapters, the order of rows and dropout."""
+    data_seed: int | None = None
+    """Seed of the order of rows alone; by default seed."""
     eval_every: int | None = None
     """Evaluate every so many steps; by default after each epoch."""
     eval_at_start: bool = False

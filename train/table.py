@@ -21,6 +21,9 @@ _SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 class Row:
     """A task and an arm: `rates` to choose from on rows held back from training, then `seeds` at the best of them.
 
+    Seeds draw heads, adapters and dropout; the order of rows is the first seed's for all, so that they make one
+    population.
+
     Attributes:
       task: a recipe's name.
       arm: the method.
@@ -61,6 +64,7 @@ class Row:
             optim__learning_rate=rate,
             optim__head_learning_rate=heads,
             train__seed=seed,
+            train__data_seed=self.seeds[0],
             data__held_back=held_back,
             output__folder=str(self.folder / name),
         )
