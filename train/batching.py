@@ -70,6 +70,10 @@ class BatchPlan:
         epoch, place = divmod(step, self.steps_per_epoch)
         return _batch_rows(self._epoch(epoch)[place], self._lengths, self._batch_size, self._buckets)
 
+    def reseeded(self, seed: int) -> BatchPlan:
+        """The plan of the same rows in another order."""
+        return BatchPlan(self._lengths, self._batch_size, self._buckets, seed)
+
     def _draw_epoch(self, epoch: int) -> list[np.ndarray]:
         rows, steps = len(self._lengths), self.steps_per_epoch
         noise = np.random.Philox(np.random.SeedSequence([self._seed, epoch])).random_raw(rows + steps)

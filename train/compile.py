@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh
+from jax.stages import Lowered
 
 from melora_jax import TrainState, batch_sharding, make_train_step
 from train.experiment import Experiment
@@ -29,20 +30,27 @@ class Steps:
 
 def compile_steps(experiment: Experiment, state: TrainState, frozen: nnx.State, key: jax.Array) -> Steps:
     """The training step for each width of the plan, the evaluation step for each width of the held-out rows."""
-    material, measure = experiment.material, experiment.measure
-    parts = experiment.config.train.accumulate
-    mesh = experiment.mesh
+    measure, mesh, parts = experiment.measure, experiment.mesh, experiment.config.train.accumulate
     step = make_train_step(experiment.model, experiment.tx, make_loss(measure), accumulate=parts, mesh=mesh)
     eval_step = make_eval_step(experiment.model, measure, mesh)
+    return compile_widths(
+        experiment,
+        lambda batch: step.lower(state, frozen, batch, key),
+        lambda batch: eval_step.lower(state, frozen, batch),
+    )
+
+
+def compile_widths(
+    experiment: Experiment, train: Callable[[Batch], Lowered], evaluate: Callable[[Batch], Lowered]
+) -> Steps:
+    """Executables of steps that are lowered for an abstract batch of each width."""
+    material, mesh = experiment.material, experiment.mesh
     batch = material.train.batch(material.plan.batch(0))
-    lowered = {
-        ("train", width): step.lower(state, frozen, _of_width(batch, width, mesh), key)
-        for width in material.plan.widths
-    }
+    lowered = {("train", width): train(_of_width(batch, width, mesh)) for width in material.plan.widths}
     batch = material.validation.batch(material.held_out[0])
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         for width in {rows.width for rows in material.held_out}:
-            lowered["evaluate", width] = eval_step.lower(state, frozen, _of_width(batch, width, mesh))
+            lowered["evaluate", width] = evaluate(_of_width(batch, width, mesh))
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         compiled = dict(zip(lowered, pool.map(lambda one: one.compile(), lowered.values()), strict=True))
     by_kind = {kind: {w: run for (k, w), run in compiled.items() if k == kind} for kind in ("train", "evaluate")}

@@ -13,6 +13,7 @@ import tyro
 
 from melora_jax import MELoRAConfig
 from train.glue import glue_task
+from train.methods import melora_config
 from train.metrics import metric_names
 from train.recipe import check_options, read_recipe
 from train.sections import OutputConfig, Sections
@@ -40,6 +41,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "train.batch_size": _COUNT,
     "train.accumulate": _COUNT,
     "train.seed": (0, 2**32),
+    "train.data_seed": (0, 2**32),
     "train.eval_every": _COUNT,
     "train.eval_batch_size": _COUNT,
     "train.patience": _COUNT,
@@ -64,14 +66,14 @@ class RunConfig(Sections):
         for problem in self._problems():
             raise ValueError(problem)
         try:
-            MELoRAConfig(**vars(self.adapter))
+            melora_config(self.adapter)
         except ValueError as error:
             raise ValueError(f"[adapter] {error}") from None
 
     @property
     def melora(self) -> MELoRAConfig:
         """What `melora_jax.adapt` takes."""
-        return MELoRAConfig(**vars(self.adapter))
+        return melora_config(self.adapter)
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -82,6 +84,11 @@ class RunConfig(Sections):
     def metric(self) -> str:
         """The metric, or loss, that ranks checkpoints."""
         return self.train.metric or self.metrics[0]
+
+    @property
+    def data_seed(self) -> int:
+        """The seed of the order of rows."""
+        return self.train.seed if self.train.data_seed is None else self.train.data_seed
 
     def _problems(self) -> Iterator[str]:
         if not self.model.name:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from flax import nnx
 from melora_jax import TrainState
 from train.experiment import Experiment
 from train.metrics import compute_metrics
+from train.step import Batch, Measure
 
 _AHEAD = 3  # batches dispatched before the oldest is waited for: the device never waits, and stopping is prompt
 
@@ -35,13 +36,30 @@ def evaluate(
     Raises:
       FloatingPointError: predictions or a loss that are not finite.
     """
-    material, rows = experiment.material, experiment.material.validation
-    outputs = []
-    for batch in material.held_out:
+    outputs = run_batches(experiment, lambda width, batch: eval_steps[width](state, frozen, batch), stopping)
+    return None if outputs is None else metrics_of(experiment, outputs)
+
+
+def run_batches(
+    experiment: Experiment, measure: Callable[[int, Batch], Measure], stopping: Callable[[], object]
+) -> list[Measure] | None:
+    """What `measure`, of a width and a batch that wide, gives for the held-out rows; None if it was broken off."""
+    rows, outputs = experiment.material.validation, []
+    for batch in experiment.material.held_out:
         if stopping():
             return None
-        outputs.append(eval_steps[batch.width](state, frozen, experiment.feed(rows, batch)))
+        outputs.append(measure(batch.width, experiment.feed(rows, batch)))
         jax.block_until_ready(outputs[max(0, len(outputs) - 1 - _AHEAD)].total if len(outputs) > _AHEAD else ())
+    return outputs
+
+
+def metrics_of(experiment: Experiment, outputs: Sequence[Measure]) -> dict[str, float]:
+    """The metrics and the mean loss, from what was measured on each held-out batch.
+
+    Raises:
+      FloatingPointError: as for `evaluate`.
+    """
+    material = experiment.material
     loss = sum(float(one.total) for one in outputs) / sum(float(one.weight) for one in outputs)
     if not np.isfinite(loss):
         # Of logits that are not finite argmax still makes a class.

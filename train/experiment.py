@@ -17,6 +17,8 @@ from train.config import RunConfig
 from train.feed import Feed, make_feed
 from train.hosts import require_equal
 from train.material import Material, read_material
+from train.methods import with_method
+from train.sections import OptimConfig
 from train.step import Measurer, measurer
 
 TASKS = {"classification": "sequence-classification", "regression": "regression", "causal-lm": "causal-lm"}
@@ -66,14 +68,18 @@ class Experiment:
         return Path(self.config.output.folder)
 
 
-def prepare(config: RunConfig) -> Experiment:
+def prepare(config: RunConfig, beside: Experiment | None = None) -> Experiment:
     """Reads the data and the model, adapts it, and plans the batches.
+
+    Args:
+      config: of the run.
+      beside: another member of its population, whose data it shares.
 
     Raises:
       ValueError, FileNotFoundError: whatever is wrong with the data, the checkpoint or the adapter's settings.
     """
     mesh = _mesh(config)
-    material = read_material(config)
+    material = read_material(config) if beside is None else _reordered(beside.material, config)
     require_equal({"the data": _digest(material)}, "give every host the same files")
     task = TASKS[config.model.task]
     if mesh is not None:
@@ -99,7 +105,7 @@ def prepare(config: RunConfig) -> Experiment:
         )
     if config.model.stack_layers:
         material = dataclasses.replace(material, notes=(*material.notes, str(mj.stack_layers(model))))
-    schedule, tx = _optimizer(model, config, _total_steps(config, material))
+    schedule, tx = make_tx(model, with_method(config.optim, config.adapter), _total_steps(config, material))
     measure = measurer(config.model.task, config.instruction.chunk)
     return Experiment(config, material, measure, model, adaptation, schedule, tx, mesh, make_feed(mesh))
 
@@ -124,6 +130,11 @@ def _mesh(config: RunConfig) -> Mesh | None:
                 f"{accumulated}; choose a multiple of {of}"
             )
     return mesh
+
+
+def _reordered(material: Material, config: RunConfig) -> Material:
+    """The same rows in the order of another run."""
+    return dataclasses.replace(material, plan=material.plan.reseeded(config.data_seed))
 
 
 def _digest(material: Material) -> bytes:
@@ -152,8 +163,8 @@ def _total_steps(config: RunConfig, material: Material) -> int:
     return min(steps, config.train.max_steps or steps)
 
 
-def _optimizer(model: nnx.Module, config: RunConfig, total: int) -> tuple[optax.Schedule, optax.GradientTransformation]:
-    optim = config.optim
+def make_tx(model: nnx.Module, optim: OptimConfig, total: int) -> tuple[optax.Schedule, optax.GradientTransformation]:
+    """The learning rate by step, and the optimizer, of a run of `total` steps; numbers in `optim` may be traced."""
 
     def schedule(peak: float | None) -> optax.Schedule | None:
         return None if peak is None else make_schedule(peak, total, optim.warmup_ratio, optim.schedule)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 import melora_jax as mj
-from train.config import to_toml
+from train.config import RunConfig, to_toml
 from train.experiment import Experiment
 from train.record import replace_text
 from train.run_folder import resume_command
@@ -39,13 +39,13 @@ def check_started(experiment: Experiment) -> None:
     """`check_config` for a run that left no checkpoint, if it came so far as to say what it is."""
     stated = experiment.folder / "config.toml"
     if stated.exists():
-        check_config(experiment, stated.read_text(encoding="utf-8"))
+        check_config(experiment.config, stated.read_text(encoding="utf-8"))
 
 
-def check_config(experiment: Experiment, saved: str) -> None:
+def check_config(config: RunConfig, saved: str) -> None:
     """A resumed run must be the same run."""
-    folder = experiment.folder
-    here, there = tomllib.loads(to_toml(experiment.config)), tomllib.loads(saved)
+    folder = Path(config.output.folder)
+    here, there = tomllib.loads(to_toml(config)), tomllib.loads(saved)
     for section in here.keys() | there.keys():
         for key in here.get(section, {}).keys() | there.get(section, {}).keys():
             ours, theirs = (table.get(section, {}).get(key) for table in (here, there))

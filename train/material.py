@@ -51,6 +51,10 @@ class Plan(Protocol):
         """The rows of a step, with their `width` in tokens."""
         ...
 
+    def reseeded(self, seed: int) -> Plan:
+        """The plan of the same rows in another order."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Material:
@@ -139,7 +143,7 @@ def _labelled(config: RunConfig) -> Material:
     return Material(
         train,
         validation,
-        BatchPlan(train.lengths, config.train.batch_size, widths, config.train.seed),
+        BatchPlan(train.lengths, config.train.batch_size, widths, config.data_seed),
         eval_batches(validation.lengths, config.train.eval_batch_size, widths),
         validation.labels,
         dataset.num_labels,
@@ -160,12 +164,12 @@ def _instructions(config: RunConfig) -> Material:
         splits.append(TokenRows(examples, _padding_of(tokenizer), how.pack))
     train, validation = splits
     if how.pack:
-        plan: Plan = PackPlan(train.lengths, sizes.batch_size, limit, sizes.seed)
+        plan: Plan = PackPlan(train.lengths, sizes.batch_size, limit, config.data_seed)
         held_out: Sequence[Any] = packed_eval_batches(validation.lengths, sizes.eval_batch_size, limit)
         notes.append(f"train: {plan}")
     else:
         widths = bucket_widths(config.data.buckets, limit)
-        plan = BatchPlan(train.lengths, sizes.batch_size, widths, sizes.seed)
+        plan = BatchPlan(train.lengths, sizes.batch_size, widths, config.data_seed)
         held_out = eval_batches(validation.lengths, sizes.eval_batch_size, widths)
     most_id = _largest(train.tokens.input_ids, validation.tokens.input_ids)
     return Material(train, validation, plan, held_out, None, None, most_id, tuple(notes))

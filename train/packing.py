@@ -71,6 +71,10 @@ class PackPlan:
         epoch, place = divmod(step, self.steps_per_epoch)
         return self._epoch(epoch)[place]
 
+    def reseeded(self, seed: int) -> PackPlan:
+        """The plan of the same examples in another order."""
+        return PackPlan(self._lengths, self._batch_size, self._width, seed)
+
     def _draw_epoch(self, epoch: int) -> list[PackedRows]:
         examples, rows, steps = len(self._lengths), len(self._ranks), self.steps_per_epoch
         noise = np.random.Philox(np.random.SeedSequence([self._seed, epoch])).random_raw(examples + rows)

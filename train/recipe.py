@@ -68,7 +68,7 @@ def _read_section(path: Path, text: str, name: str, table: dict[str, Any], hints
         try:
             values[key] = _fit(value, known[key])
         except TypeError:
-            problem = f"{dotted} = {value!r} must be {_wanted(known[key])}"
+            problem = f"{dotted} = {value!r} must be {_wanted(known[key])}{_near(value, known[key])}"
             raise ValueError(f"{_place(path, text, dotted)}: {problem}") from None
     return hints[name](**values)
 
@@ -83,6 +83,19 @@ def _perhaps(dotted: str, hints: dict[str, Any]) -> str:
         return f"; perhaps {section}.{near[0]}" if section else f"; perhaps [{near[0]}]"
     elsewhere = [f"{other}.{key}" for other, known in keys.items() if key in known]
     return f"; perhaps {elsewhere[0]}" if elsewhere else f"; there are {', '.join(own)}"
+
+
+def _near(value: Any, hint: Any) -> str:
+    """The nearest of the words that a key may have, to one that is none of them."""
+    words = [word for option in (hint, *typing.get_args(hint)) for word in _words(option)]
+    near = difflib.get_close_matches(value, words, n=1) if isinstance(value, str) else []
+    return f"; perhaps {near[0]!r}" if near else ""
+
+
+def _words(hint: Any) -> list[str]:
+    return (
+        [word for word in typing.get_args(hint) if isinstance(word, str)] if typing.get_origin(hint) is Literal else []
+    )
 
 
 def _place(path: Path, text: str, dotted: str) -> str:
