@@ -307,7 +307,7 @@ ONES = np.ones((3, tiny.WIDTH), np.float32)
 BAD: dict[str, tuple[Any, str]] = {
     "another method": (changed(peft_type="IA3"), "is of peft_type 'IA3'; LORA and the authors' MELORA are read"),
     "DoRA": (changed(use_dora=True), "has use_dora=True, which has no counterpart here; merge it in PEFT"),
-    "biases": (changed(bias="all"), "has bias='all': trained biases have no place here; merge them in PEFT"),
+    "biases": (changed(bias="some"), "has bias='some'; PEFT knows none, all, lora_only"),
     "PiSSA": (changed(init_lora_weights="pissa"), "has init_lora_weights='pissa', which changed the base; save it in"),
     "an unknown key": (changed(rank_patern={"q": 2}), "(perhaps 'rank_pattern' is meant); merge it in PEFT"),
     "a rank of 0": (changed(r=0), f"{CONFIG}: r=0 must be a whole number of at least 1"),

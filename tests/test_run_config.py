@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from melora_jax import MELoRAConfig
 from train.config import RunConfig, from_toml, to_toml
+from train.methods import melora_config
 from train.sections import (
     AdapterConfig,
     DataConfig,
@@ -103,12 +104,11 @@ def test_a_key_that_may_be_none_is_none_by_default():
 def test_adapter_keys_are_the_librarys_arguments():
     library = {field.name: field for field in dataclasses.fields(MELoRAConfig)}
     ours = {field.name: field for field in dataclasses.fields(AdapterConfig)}
-    assert set(library) - set(ours) == {"dtype"}
-    assert not set(ours) - set(library)
-    differ = {name for name in ours if getattr(AdapterConfig(), name) != getattr(MELoRAConfig(targets="x"), name)}
-    assert differ == {"targets", "modules_to_save"}
-    for name in ("scaling", "mixer", "strategy", "init"):
-        assert typing.get_type_hints(AdapterConfig)[name] == typing.get_type_hints(MELoRAConfig)[name]
+    assert set(library) - set(ours) == {"dtype", "train_base"}
+    assert set(ours) - set(library) == {"method"}
+    assert melora_config(AdapterConfig()) == MELoRAConfig(targets=["query", "value"], modules_to_save=["classifier"])
+    for name in ("scaling", "mixer", "strategy", "init", "bias"):
+        assert typing.get_type_hints(AdapterConfig)[name] == typing.get_type_hints(MELoRAConfig)[name] | None
 
 
 @pytest.mark.parametrize(

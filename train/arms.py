@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from train.config import RunConfig
+from train.methods import section_for
 from train.recipe import fit_value, perhaps
 from train.sections import Sections
 
@@ -36,9 +37,12 @@ class Arm:
         for dotted, value in [*self.settings.items(), *((key.replace("__", "."), value) for key, value in more.items())]:
             section, _, key = dotted.partition(".")
             changes.setdefault(section, {})[key] = value
-        sections = {name: dataclasses.replace(getattr(config, name), **keys) for name, keys in changes.items()}
+        sections: dict[str, Any] = {name: getattr(config, name) for name in changes}
+        # The arm is another method than the recipe's: of the recipe's adapter it takes what it can use.
+        sections["adapter"] = section_for(self.settings["adapter.method"], config.adapter)
         try:
-            return dataclasses.replace(config, **sections)
+            replaced = {name: dataclasses.replace(section, **changes[name]) for name, section in sections.items()}
+            return dataclasses.replace(config, **replaced)
         except ValueError as error:
             raise ValueError(f"{self.word}: {error}") from None
 

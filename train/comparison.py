@@ -56,7 +56,7 @@ def _result(runs: Mapping[str, Run]) -> Html:
 def _scores(runs: Mapping[str, Run], metric: str) -> Html:
     title = f"Held-out {metric} and adapter parameters"
     points = {
-        index: (run.adapter, float(run.best[metric]))
+        index: (run.beside_head, float(run.best[metric]))
         for index, run in enumerate(runs.values())
         if run.best and metric in run.best
     }

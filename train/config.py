@@ -13,6 +13,7 @@ import tyro
 
 from melora_jax import MELoRAConfig
 from train.glue import glue_task
+from train.methods import melora_config
 from train.metrics import metric_names
 from train.recipe import check_options, read_recipe
 from train.sections import OutputConfig, Sections
@@ -66,14 +67,14 @@ class RunConfig(Sections):
         for problem in self._problems():
             raise ValueError(problem)
         try:
-            MELoRAConfig(**vars(self.adapter))
+            melora_config(self.adapter)
         except ValueError as error:
             raise ValueError(f"[adapter] {error}") from None
 
     @property
     def melora(self) -> MELoRAConfig:
         """What `melora_jax.adapt` takes."""
-        return MELoRAConfig(**vars(self.adapter))
+        return melora_config(self.adapter)
 
     @property
     def metrics(self) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from train.config import RunConfig
 from train.feed import Feed, make_feed
 from train.hosts import require_equal
 from train.material import Material, read_material
+from train.methods import with_method
 from train.sections import OptimConfig
 from train.step import Measurer, measurer
 
@@ -111,7 +112,7 @@ def prepare(config: RunConfig, beside: Experiment | None = None) -> Experiment:
         mj.warm_start(model, config.train.warm_start)
     if config.model.stack_layers:
         material = dataclasses.replace(material, notes=(*material.notes, str(mj.stack_layers(model))))
-    schedule, tx = make_tx(model, config.optim, _total_steps(config, material))
+    schedule, tx = make_tx(model, with_method(config.optim, config.adapter), _total_steps(config, material))
     measure = measurer(config.model.task, config.instruction.chunk)
     return Experiment(config, material, measure, model, adaptation, schedule, tx, mesh, make_feed(mesh))
 

@@ -1,4 +1,4 @@
-"""After the last step: the best adapter, its export, its spectra and the report."""
+"""After the last step: the best of the run, its export, its spectra and the report."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import melora_jax as mj
+from train.best import load_best
 from train.errors import RunError
 from train.experiment import Experiment
 from train.record import replace_text
@@ -14,13 +15,13 @@ from train.run_folder import read_run, resume_command
 
 
 def finish(experiment: Experiment) -> list[str]:
-    """Puts the best adapter into the model and writes all that is made of it.
+    """Puts the best of the run into the model and writes all that is made of it.
 
     Returns:
       Lines to print: what is where, and the commands that use it.
 
     Raises:
-      RunError: the disk refuses; the adapter itself was saved during the run.
+      RunError: the disk refuses; the best itself was saved during the run.
     """
     try:
         return _write_results(experiment)
@@ -37,9 +38,8 @@ def _best_scores(folder: Path) -> dict[str, float]:
 
 def _write_results(experiment: Experiment) -> list[str]:
     folder = experiment.folder
-    mj.unstack_layers(experiment.model)
-    mj.load_adapter(experiment.model, folder / "adapter")
-    lines = [f"adapter  {folder / 'adapter'}"]
+    best = load_best(experiment)
+    lines = [f"{best.name:9}{best}"]
     if experiment.adaptation.sites:
         mj.export_peft(experiment.model, folder / "peft", scores=_best_scores(folder), data=experiment.data_name)
         lines.append(f"PEFT     {folder / 'peft'}")

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 import melora_jax as mj
+from train.best import save_best
 from train.checkpoint import Bookkeeping, Checkpoints
 from train.compile import Steps, compile_steps
 from train.config import to_toml
@@ -55,7 +56,7 @@ def run(experiment: Experiment, resume: bool = False) -> Outcome:
     meet("every process has looked at the folder that the first one is about to change")
     state, frozen = mj.train_state(experiment.model, experiment.tx)
     key = experiment.key()
-    with Checkpoints(folder / "checkpoints") as checkpoints:
+    with Checkpoints(folder / "checkpoints", Bookkeeping) as checkpoints:
         notes, saved = Bookkeeping(config=to_toml(experiment.config)), checkpoints.latest() is not None
         if saved:
             check_config(experiment.config, checkpoints.notes().config)
@@ -92,7 +93,7 @@ class _Session:
     """One part of a run: from its start, or its resumption, to its end."""
 
     experiment: Experiment
-    checkpoints: Checkpoints
+    checkpoints: Checkpoints[Bookkeeping]
     log: MetricsLog | NoLog
     progress: Progress
     steps: Steps
@@ -197,7 +198,7 @@ class _Session:
         return True
 
     def _evaluate(self, done: int, state: mj.TrainState, frozen: nnx.State, interrupt: Interrupt) -> bool:
-        """Evaluates, keeps the adapter if it is the best, and saves a checkpoint; False if a signal broke it off."""
+        """Evaluates, keeps what is trained if it is the best, and saves a checkpoint; False if a signal broke it off."""
         began = time.monotonic()
         try:
             metrics = evaluate(self.experiment, self.steps.evaluate, state, frozen, lambda: interrupt.signal)
@@ -211,7 +212,7 @@ class _Session:
         seconds, epoch = time.monotonic() - began, done / self.experiment.material.plan.steps_per_epoch
         # All before the checkpoint: a run that is killed between these comes here again.
         if best:
-            self._keep_adapter(state, metrics)
+            self._keep_best(state, metrics)
         self.log.write({"kind": "eval", "step": done, "epoch": epoch, **metrics, "seconds": seconds, "best": best})
         name = self.experiment.config.metric
         self._save(state, metrics[name] if is_better(name, 1.0, 0.0) else -metrics[name])
@@ -231,12 +232,11 @@ class _Session:
         self.notes = dataclasses.replace(self.notes, seconds=time.monotonic() - self.began)
         self.checkpoints.save(state, self.notes, score)
 
-    def _keep_adapter(self, state: mj.TrainState, scores: dict[str, float]) -> None:
+    def _keep_best(self, state: mj.TrainState, scores: dict[str, float]) -> None:
         # The next step donates the state's arrays, so the model gets copies.
         nnx.update(self.experiment.model, whole_on_host(state.trainable))
         if is_first():
-            target, data = self.experiment.folder / "adapter", self.experiment.data_name
-            mj.save_adapter(self.experiment.model, target, scores=scores, data=data)
+            save_best(self.experiment, scores)
 
 
 def exit_code(outcome: Outcome) -> int:

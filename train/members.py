@@ -69,6 +69,6 @@ def _fixed(config: RunConfig) -> dict[str, Any]:
     tables = tomllib.loads(to_toml(config))
     settings = {f"{section}.{key}": value for section, table in tables.items() for key, value in table.items()}
     varying = set(VARYING)
-    if config.adapter.alpha_pattern or not isinstance(config.adapter.alpha, int | float):
+    if config.adapter.alpha_pattern or isinstance(config.melora.alpha, tuple):
         varying.remove("adapter.alpha")  # one factor on all of a member's adapters would not do
     return {key: value for key, value in settings.items() if key not in varying}

@@ -26,6 +26,7 @@ from train.interrupt import make_interrupt
 from train.leftovers import clear_leftovers
 from train.loop import Outcome
 from train.members import require_population
+from train.methods import with_method
 from train.population_loop import PopulationNotes, Session
 from train.record import MetricsLog, replace_text
 from train.report import write_report
@@ -157,7 +158,7 @@ def prepare_population(configs: Sequence[RunConfig]) -> Population:
 def _members(configs: Sequence[RunConfig]) -> mj.Members:
     """What the runs differ in. Rates that follow the learning rate are resolved."""
     rates = {name: [_rate(config, name) for config in configs] for name in _RATES}
-    alphas, dropouts = ([getattr(config.adapter, name) for config in configs] for name in ("alpha", "dropout"))
+    alphas, dropouts = ([getattr(config.melora, name) for config in configs] for name in ("alpha", "dropout"))
     return mj.make_members(
         [dropout_key(config) for config in configs],
         optim=rates,
@@ -167,7 +168,7 @@ def _members(configs: Sequence[RunConfig]) -> mj.Members:
 
 
 def _rate(config: RunConfig, name: str) -> float:
-    own = getattr(config.optim, name)
+    own = getattr(with_method(config.optim, config.adapter), name)
     return config.optim.learning_rate if own is None else own
 
 

@@ -78,7 +78,7 @@ def fit_value(value: Any, hint: Any, name: str, place: str = "") -> Any:
     try:
         return _fit(value, hint)
     except TypeError:
-        problem = f"{name} = {value!r} must be {_wanted(hint)}"
+        problem = f"{name} = {value!r} must be {_wanted(hint)}{_near(value, hint)}"
         raise ValueError(f"{place}: {problem}" if place else problem) from None
 
 
@@ -92,6 +92,19 @@ def perhaps(dotted: str, hints: dict[str, Any]) -> str:
         return f"; perhaps {section}.{near[0]}" if section else f"; perhaps [{near[0]}]"
     elsewhere = [f"{other}.{key}" for other, known in keys.items() if key in known]
     return f"; perhaps {elsewhere[0]}" if elsewhere else f"; there are {', '.join(own)}"
+
+
+def _near(value: Any, hint: Any) -> str:
+    """The nearest of the words that a key may have, to one that is none of them."""
+    words = [word for option in (hint, *typing.get_args(hint)) for word in _words(option)]
+    near = difflib.get_close_matches(value, words, n=1) if isinstance(value, str) else []
+    return f"; perhaps {near[0]!r}" if near else ""
+
+
+def _words(hint: Any) -> list[str]:
+    return (
+        [word for word in typing.get_args(hint) if isinstance(word, str)] if typing.get_origin(hint) is Literal else []
+    )
 
 
 def _place(path: Path, text: str, dotted: str) -> str:

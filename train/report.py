@@ -66,12 +66,14 @@ def _headline(run: Run) -> Html:
     score, when = "-", "no evaluation yet"
     if best and metric in best:
         score, when = f"{best[metric]:.4f}", f"step {best['step']:,} of {run.last_step:,}"
-    share = run.adapter / max(run.adapter + run.head + run.frozen, 1)
+    share = run.beside_head / max(run.beside_head + run.head + run.frozen, 1)
+    trained = "base parameters" if run.base and not run.adapter else "adapter parameters"
+    trained = "adapter and base parameters" if run.base and run.adapter else trained
     pace = f"{run.seconds_per_epoch:.1f} s an epoch" if run.seconds_per_epoch else ""
     return tiles(
         [
             (f"best {metric}", score, when),
-            ("adapter parameters", f"{run.adapter:,}", f"{share:.2%} of the model"),
+            (trained, f"{run.beside_head:,}", f"{share:.2%} of the model"),
             ("head parameters", f"{run.head:,}", "trained beside"),
             ("steps", f"{run.last_step:,}", f"{run.last.get('epoch', 0):.3g} epochs"),
             ("time", duration(float(run.last.get("seconds", 0.0))), pace),
@@ -149,7 +151,10 @@ def _spectrum(index: int, site: Site, run: Run) -> Html:
 
 def _sites(run: Run) -> Html:
     if not run.sites:
-        return card("Adapted layers", note(f"None: only the {run.head:,} parameters of the head were trained."))
+        what = (
+            f"{run.base:,} parameters of the base and {run.head:,}" if run.base else f"only the {run.head:,} parameters"
+        )
+        return card("Adapted layers", note(f"None: {what} of the head were trained."))
     headers = ["layer", "d_in", "d_out", "n", "r", "rank", "parameters", "scale", "mixer", "strategy"]
     content = table(headers, [_site_row(site) for site in run.sites], text_columns=(0, 8, 9))
     summary = f"{len(run.sites)} layers, {run.adapter:,} parameters; {run.frozen:,} frozen ones beside them"

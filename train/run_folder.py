@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from melora_jax.spectrum import numerical_rank
+from train.methods import method_name
 from train.record import Event, read_metrics
 
 POPULATION = "population.json"
@@ -40,7 +41,10 @@ class Site:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run folder, read. `spectra` maps site paths to singular values of ΔW; it and `versions` may be empty."""
+    """A run folder, read. `spectra` maps site paths to singular values of ΔW; it and `versions` may be empty.
+
+    `adapter`, `base`, `head` and `frozen` are numbers of parameters; those of the base are trained without an adapter.
+    """
 
     folder: Path
     config_text: str
@@ -51,6 +55,7 @@ class Run:
     adapter: int
     head: int
     frozen: int
+    base: int = 0
     spectra: Mapping[str, npt.NDArray[np.float64]]
     versions: Mapping[str, str]
 
@@ -118,13 +123,20 @@ class Run:
 
     @property
     def method(self) -> str:
-        """What was trained: "MELoRA n=8 r=1", "LoRA r=8", "GraLoRA n=4 r=8" or "head only"."""
-        n, r, mixer = (self.setting("adapter", key) for key in ("n", "r", "mixer"))
+        """What was trained: "MELoRA n=8 r=1", "LoRA r=8", "GraLoRA n=4 r=8", "BitFit" or "head only"."""
+        n, r, mixer, word = (self.setting("adapter", key) for key in ("n", "r", "mixer", "method"))
+        name = method_name(str(word)) or "MELoRA"
         if not self.sites:
-            return "head only"
-        if n == 1 or mixer == "all":
-            return f"LoRA r={r}"
-        return f"{'GraLoRA' if mixer == 'shuffle' else 'MELoRA'} n={n} r={r}"
+            return name if self.base else "head only"
+        n, r = n or self.sites[0].n, r or _one_of(self.sites[0].r)
+        if name == "MELoRA":
+            name = "LoRA" if n == 1 or mixer == "all" else {"shuffle": "GraLoRA"}.get(str(mixer), name)
+        return f"{name} r={r}" if n == 1 or mixer == "all" else f"{name} n={n} r={r}"
+
+    @property
+    def beside_head(self) -> int:
+        """Parameters that were trained outside of the head: adapters, and the base's own."""
+        return self.adapter + self.base
 
     @property
     def commands(self) -> dict[str, str]:
@@ -134,6 +146,10 @@ class Run:
             load = f"model = peft.PeftModel.from_pretrained(base, {str(self.folder / 'peft')!r})"
             commands[f"Load the best adapter into PEFT, where base is {self.model} of transformers"] = load
         return commands
+
+
+def _one_of(values: list[int]) -> int | list[int]:
+    return values[0] if len(set(values)) == 1 else values
 
 
 def resume_command(folder: Path) -> str:
@@ -168,6 +184,8 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     sites_path = folder / "sites.json"
     sites = _json_object(sites_path)
     counts = {name: _checked(sites, name, int, sites_path) for name in ("trainable", "adapter", "head", "frozen")}
+    if "base" in sites:  # earlier versions trained nothing of the base
+        counts["base"] = _checked(sites, "base", int, sites_path)
     return Run(
         folder=folder,
         config_text=config_text,
@@ -247,13 +265,14 @@ def comparison_rows(runs: Mapping[str, Run]) -> tuple[list[str], list[list[str]]
       ValueError: there is no run, or two runs were ranked by different metrics.
     """
     metric = shared_metric(runs)
-    headers = ["method", "adapter parameters", "head parameters", "ΔW rank", "learning rate"]
+    trained = "adapter or base parameters" if any(run.base for run in runs.values()) else "adapter parameters"
+    headers = ["method", trained, "head parameters", "ΔW rank", "learning rate"]
     headers += [f"held-out {metric}", "s/epoch"]
     rows = []
     for label, run in runs.items():
         ranks = " to ".join(str(rank) for rank in dict.fromkeys([*run.ranks[:1], *run.ranks[-1:]]))
         score = run.best.get(metric) if run.best else None
-        cells = [label, f"{run.adapter:,}", f"{run.head:,}", ranks or "-"]
+        cells = [label, f"{run.beside_head:,}", f"{run.head:,}", ranks or "-"]
         cells += [_or_dash(run.setting("optim", "learning_rate"), ".2g"), _or_dash(score, ".4f")]
         rows.append([*cells, _or_dash(run.seconds_per_epoch, ".1f")])
     return headers, rows

@@ -3,56 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from tyro.constructors import PrimitiveConstructorSpec
-
-_PLAIN_NAME = re.compile(r"[\w./-]+")
-
-
-def _names_from_words(words: list[str]) -> tuple[str, ...] | str:
-    """One word that can't be a plain name is a regular expression; "all-linear" is a word of its own."""
-    if len(words) == 1 and (words[0] == "all-linear" or not _PLAIN_NAME.fullmatch(words[0])):
-        return words[0]
-    return tuple(words)
-
-
-def _pattern_from_words(words: list[str]) -> dict[str, Any]:
-    pattern: dict[str, Any] = {}
-    for word in words:
-        name, equals, value = word.rpartition("=")
-        if not (name and equals):
-            raise ValueError(f"{word!r} is not PATH=VALUE or PATH=VALUE,VALUE")
-        numbers = [float(v) if "." in v or "e" in v else int(v) for v in value.split(",")]
-        pattern[name] = tuple(numbers) if len(numbers) > 1 else numbers[0]
-    return pattern
-
-
-def _words_from_pattern(pattern: dict[str, Any]) -> list[str]:
-    return [
-        f"{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}" for name, value in pattern.items()
-    ]
-
-
-Names = Annotated[
-    tuple[str, ...] | str,
-    PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="[NAME ...]|REGEX",
-        instance_from_str=_names_from_words,
-        is_instance=lambda value: isinstance(value, str | tuple),
-        str_from_instance=lambda value: [value] if isinstance(value, str) else list(value),
-    ),
-]
-
-_PATTERN = PrimitiveConstructorSpec(
-    nargs="*",
-    metavar="[PATH=VALUE ...]",
-    instance_from_str=_pattern_from_words,
-    is_instance=lambda value: isinstance(value, dict),
-    str_from_instance=_words_from_pattern,
-)
+from train.adapter_section import AdapterConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,42 +24,6 @@ class ModelConfig:
     """Run equal layers as one scan: a deep model compiles in the time of a shallow one."""
     quantize: Literal["int8", "nf4"] | None = None
     """Hold the frozen kernels of the layers in 8 or 4 bits; adapters are trained in float32 on top."""
-
-
-@dataclasses.dataclass(frozen=True)
-class AdapterConfig:
-    """The adapters; each key is the `melora_jax.MELoRAConfig` argument of the same name."""
-
-    n: int = 8
-    """Mini-adapters a layer; it divides both sizes of each adapted layer. 1 is LoRA."""
-    r: int | tuple[int, ...] = 1
-    """Rank of one mini-adapter, or one rank a mini."""
-    alpha: float | tuple[float, ...] = 16.0
-    """Numerator of the adapter's scale, or one a mini."""
-    dropout: float = 0.0
-    """Probability of zeroing an input feature of an adapter."""
-    scaling: Literal["mini", "total", "rslora"] = "mini"
-    """Scale: mini is alpha/r, total alpha/(n*r), rslora alpha/sqrt(n*r)."""
-    mixer: Literal["identity", "all", "shuffle"] = "identity"
-    """identity is MELoRA, all is LoRA of rank r, shuffle is GraLoRA."""
-    strategy: Literal["auto", "batched", "packed"] = "auto"
-    """How the product is computed; all give the same result."""
-    targets: Names = ("query", "value")
-    """Layers to adapt: name suffixes, one regular expression, or all-linear; empty trains modules_to_save alone."""
-    exclude: Names = ()
-    """Layers to leave alone: name suffixes or one regular expression."""
-    layers: tuple[int, ...] | None = None
-    """Adapt only the layers with these numbers."""
-    n_pattern: Annotated[dict[str, int], _PATTERN] = dataclasses.field(default_factory=dict)
-    """Other values of n, by path suffix or regular expression."""
-    rank_pattern: Annotated[dict[str, int | tuple[int, ...]], _PATTERN] = dataclasses.field(default_factory=dict)
-    """Other values of r, by path suffix or regular expression."""
-    alpha_pattern: Annotated[dict[str, float | tuple[float, ...]], _PATTERN] = dataclasses.field(default_factory=dict)
-    """Other values of alpha, by path suffix or regular expression."""
-    modules_to_save: tuple[str, ...] = ("classifier",)
-    """Suffixes of modules trained whole beside the adapters, such as the head."""
-    init: Literal["kaiming", "gaussian"] = "kaiming"
-    """Start of A; B starts at zero."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +89,7 @@ class OptimConfig:
     head_learning_rate: float | None = None
     """Peak learning rate of modules_to_save; by default learning_rate (the authors take half of it)."""
     b_learning_rate: float | None = None
-    """Peak learning rate of the B factors; by default learning_rate (LoRA+ takes more)."""
+    """Peak learning rate of the B factors; by default learning_rate, for adapter.method=lora+ 16 times it."""
     weight_decay: float = 0.01
     """Decoupled weight decay of all trainable arrays."""
     beta1: float = 0.9
