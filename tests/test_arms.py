@@ -17,13 +17,22 @@ def base() -> RunConfig:
 
 def test_a_word_says_a_method_and_its_settings() -> None:
     config = arm_from_word("melora:n=4,r=3,optim.learning_rate=1e-3,scaling=rslora").configured(base())
-    assert (config.adapter.method, config.melora.n, config.melora.r, config.melora.scaling) == ("melora", 4, 3, "rslora")
+    assert (config.adapter.method, config.melora.n, config.melora.r, config.melora.scaling) == (
+        "melora",
+        4,
+        3,
+        "rslora",
+    )
     assert (config.optim.learning_rate, config.model.name) == (1e-3, "bert")
 
 
 @pytest.mark.parametrize(
     ("word", "folder"),
-    [("lora", "lora"), ("melora:n=8,r=2", "melora-n8-r2"), ("lora+:optim.learning_rate=1e-3", "lora+-optim-learning_rate1e-3")],
+    [
+        ("lora", "lora"),
+        ("melora:n=8,r=2", "melora-n8-r2"),
+        ("lora+:optim.learning_rate=1e-3", "lora+-optim-learning-rate1e-3"),
+    ],
 )
 def test_its_folder_is_a_plain_name(word: str, folder: str) -> None:
     assert arm_from_word(word).folder == folder

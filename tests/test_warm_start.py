@@ -53,7 +53,10 @@ def test_other_factors_are_refused_and_change_nothing(tmp_path: Path, changes: d
 
 
 def test_another_width_is_told_as_such(tmp_path: Path) -> None:
-    narrow, wide = nnx.Sequential(nnx.Linear(4, 6, rngs=nnx.Rngs(0))), nnx.Sequential(nnx.Linear(4, 10, rngs=nnx.Rngs(0)))
+    narrow, wide = (
+        nnx.Sequential(nnx.Linear(4, 6, rngs=nnx.Rngs(0))),
+        nnx.Sequential(nnx.Linear(4, 10, rngs=nnx.Rngs(0))),
+    )
     for model in (narrow, wide):
         mj.adapt(model, mj.MELoRAConfig(n=2, targets="all-linear"), rngs=nnx.Rngs(0))
     folder = mj.save_adapter(narrow, tmp_path / "narrow")

@@ -34,7 +34,10 @@ class Arm:
           ValueError: settings that do not fit together; names the arm.
         """
         changes: dict[str, dict[str, Any]] = {}
-        for dotted, value in [*self.settings.items(), *((key.replace("__", "."), value) for key, value in more.items())]:
+        for dotted, value in [
+            *self.settings.items(),
+            *((key.replace("__", "."), value) for key, value in more.items()),
+        ]:
             section, _, key = dotted.partition(".")
             changes.setdefault(section, {})[key] = value
         sections: dict[str, Any] = {name: getattr(config, name) for name in changes}
@@ -82,7 +85,7 @@ def arms_from_words(words: Sequence[str]) -> list[Arm]:
     for number, arm in enumerate(arms):
         for other in arms[:number]:
             if arm.settings == other.settings:
-                raise ValueError(f"{arm.word} and {other.word} are the same method; give it once")
+                raise ValueError(f"{other.word} and {arm.word} are the same method; give it once")
     return arms
 
 

@@ -29,7 +29,14 @@ def run_cells(configs: Sequence[RunConfig], folder: Path, command: Sequence[str]
     if len(configs) == 1:
         return _run_alone(configs[0])
     outcomes = run_population(configs, folder, command, resume=folder.exists())
-    return next((outcome for outcome in outcomes if outcome.stopped_by), None)
+    if stopped := next((outcome for outcome in outcomes if outcome.stopped_by), None):
+        return stopped
+    for config in configs:
+        if not is_finished(Path(config.output.folder)):
+            raise ValueError(
+                f"{folder} says that its runs are finished, and {config.output.folder} is not; remove both to train again"
+            )
+    return None
 
 
 def _run_alone(config: RunConfig) -> Outcome | None:

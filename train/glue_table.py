@@ -1,4 +1,4 @@
-"""`python -m train glue`: tasks by methods by seeds, learning rates chosen fairly, as one table that can be broken off."""
+"""`python -m train glue`: tasks by methods by seeds, rates chosen fairly, as one table that may be broken off."""
 
 from __future__ import annotations
 

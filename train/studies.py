@@ -75,7 +75,12 @@ class Curve:
         """How the score at the far end compares with that at the near end, seed by seed."""
         first, last = self.rows[0], self.rows[-1]
         change = last.against(first)
-        words = {"wins": "better", "loses": "worse", "ties": "no difference beyond the interval", "one seed": "one seed"}
+        words = {
+            "wins": "better",
+            "loses": "worse",
+            "ties": "no difference beyond the interval",
+            "one seed": "one seed",
+        }
         ends = f"from {study.symbol}={study.x(first)} to {study.symbol}={study.x(last)}"
         return f"{self.task}, {self.label}: {ends} {first.metric} changes by {change.interval}: {words[change.verdict]}"
 

@@ -71,7 +71,7 @@ def _explain(results: Sequence[Result], missing: int) -> Iterator[str]:
     )
     if missing:
         yield ""
-        yield f"**{missing} rows of the table are not finished and not shown.**"
+        yield f"**Of the table's rows, {missing} are not finished and not shown.**"
     yield ""
 
 
@@ -136,7 +136,9 @@ def _data(reference: str, results: Sequence[Result]) -> list[dict]:
         entry["score"], entry["best_score"] = (_plain(one.mean, one.half) for one in (row.score, row.best_score))
         if other is not None:
             change = row.against(other)
-            entry["against_reference"] = _plain(change.interval.mean, change.interval.half) | {"verdict": change.verdict}
+            entry["against_reference"] = _plain(change.interval.mean, change.interval.half) | {
+                "verdict": change.verdict
+            }
         rows.append(entry)
     return rows
 

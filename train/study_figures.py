@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,7 +27,8 @@ def draw_studies(folder: Path, results: Sequence[Result]) -> dict[str, str]:
     drawn: dict[str, str] = {}
     for study in STUDIES:
         if found := curves(study, results):
-            _draw(folder / f"{study.name}.png", results, lambda axes, task: _curves(axes, task, study, found))
+            panel = functools.partial(_curves, study=study, found=found)
+            _draw(folder / f"{study.name}.png", results, panel)
             drawn[f"{study.name}.png"] = study.title
     adapted = [row for row in results if row.parameters]
     if adapted:
