@@ -2,7 +2,8 @@
 
 XLA asks for a step's temporary memory at every step, and glibc returns so large a piece to the system when it is freed:
 each step then meets it page by page again. SmolLM2-135M, 512 tokens: 225,000 page faults a step, 12 % of its CPU time;
-MiniLM, 2,048 tokens: 114,000 and 15 %. With both functions there are none.
+MiniLM, 2,048 tokens: 114,000 and 15 %. With both functions there are none after the first steps. The price is that the
+process stays as large as it once was, which is up to one step's temporary memory more at its peak.
 """
 
 from __future__ import annotations
