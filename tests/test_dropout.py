@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 import melora_jax as mj
-from melora_jax.dropout import dropout, key_for_site
+from melora_jax.dropout import _random_levels, dropout, key_for_site
 
 KEY = jax.random.key(7)
 
@@ -40,12 +40,41 @@ def test_zeroes_the_rate_and_keeps_the_mean(rate: float, dtype: Any) -> None:
 
 
 def test_entries_are_independent() -> None:
-    """Neighbours share a random word: neither along the last axis nor across axes may they be correlated."""
+    """Neither along an axis nor across axes may entries be correlated."""
     keep = mask(shape=(64, 3, 255)).astype(float) - 0.5
     for axis, shift in ((0, 1), (1, 1), (2, 1), (2, 2), (2, 127), (2, 128)):
         correlation = (keep * np.roll(keep, shift, axis)).mean() / 0.25
         assert abs(correlation) < 5 / keep.size**0.5, (axis, shift)
     assert abs(keep.mean((0, 1))).max() < 0.5 * 6 / (64 * 3) ** 0.5
+
+
+def test_rectangles_of_entries_are_independent() -> None:
+    """A place is hashed from its row's hash and its column's: the four corners of a rectangle have parts in common."""
+    for seed in range(3):
+        signs = np.where(mask(jax.random.key(seed), shape=(256, 512)), 1.0, -1.0)
+        for rows, columns in ((1, 1), (1, 16), (2, 1), (16, 64), (128, 256)):
+            corners = signs * np.roll(signs, rows, 0)
+            corners = corners * np.roll(corners, columns, 1)
+            assert abs(corners.mean()) < 5 / signs.size**0.5, (seed, rows, columns)
+        # Any pair of rows, and any pair of columns, agrees about as often as not.
+        for array in (signs, signs.T):
+            agreement = array @ array.T / array.shape[1]
+            np.fill_diagonal(agreement, 0)
+            assert abs(agreement).max() < 6.5 / array.shape[1] ** 0.5
+            assert (agreement**2).sum() / (len(array) * (len(array) - 1)) == pytest.approx(1 / array.shape[1], rel=0.05)
+
+
+def test_sixteen_bits_of_an_entry_are_uniform() -> None:
+    """Counted over steps and sites, as training draws them: every rate is met, and the masks of two keys differ."""
+    keys = [jax.random.fold_in(jax.random.fold_in(KEY, step), site) for step in range(16) for site in range(4)]
+    levels = np.stack([np.asarray(_random_levels(key, (64, 257))) for key in keys]).reshape(len(keys), -1)
+    for low in (0, 8):
+        counts = np.bincount((levels >> low & 255).reshape(-1), minlength=256)
+        expected = levels.size / 256
+        assert ((counts - expected) ** 2 / expected).sum() < 255 + 5 * (2 * 255) ** 0.5
+    signs = np.where(levels >= 1 << 15, 1.0, -1.0)
+    agreement = signs @ signs.T / signs.shape[1] - np.eye(len(keys))
+    assert abs(agreement).max() < 5.5 / signs.shape[1] ** 0.5
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 0), (0, 3), (2, 3, 5)])

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from train.errors import RunError
+from train.heap import use_one_arena
 
 USAGE = """usage: python -m train COMMAND ...
 
@@ -165,6 +166,7 @@ def main(words: Sequence[str]) -> int:
         _quiet_transformers()
         # standard output is what generate generates, and may go into a file
         _show_library_log(sys.stderr if words[0] == "generate" else sys.stdout)
+        use_one_arena()
         _cache_compilations()
         return COMMANDS[words[0]](words[1:])
     except RunError as error:

@@ -20,6 +20,7 @@ from train.config import to_toml
 from train.errors import HostLostError, RunError
 from train.evaluate import evaluate
 from train.experiment import Experiment
+from train.heap import keep_freed_memory
 from train.hosts import is_first, meet, whole_on_host
 from train.identity import check_config, check_folder, check_started, write_facts
 from train.interrupt import Interrupt, make_interrupt
@@ -76,6 +77,7 @@ def run(experiment: Experiment, resume: bool = False) -> Outcome:
         ):
             introduce(experiment, progress, start)
             steps = compile_steps(experiment, state, frozen, key)
+            keep_freed_memory()
             session = _Session(experiment, checkpoints, log, progress, steps, notes)
             try:
                 return session.train(state, frozen, key, interrupt)

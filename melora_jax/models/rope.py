@@ -177,8 +177,17 @@ def rotations(rope: Rope, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         # θ' = θ · (factor · length / limit - factor + 1)^(size / (size - 2)), to the power of each pair
         stretch = rope.factor * length / rope.limit - (rope.factor - 1.0)
         frequencies = frequencies * stretch ** -(jnp.arange(0, rope.size, 2) / max(rope.size - 2, 1))
-    angles = positions[..., None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles) * rope.magnitude, jnp.sin(angles) * rope.magnitude
+
+    def turned(frequencies: jax.Array) -> tuple[jax.Array, jax.Array]:
+        angles = positions[..., None].astype(jnp.float32) * frequencies
+        return jnp.cos(angles) * rope.magnitude, jnp.sin(angles) * rope.magnitude
+
+    if jax.default_backend() != "cpu" or frequencies.size % 2:
+        return turned(frequencies)
+    # XLA on CPU fuses cosines into whatever reads them, to be computed anew for every head of every layer; out of a loop
+    # it fuses nothing. Four layers' rotations and products, forward and backward: 21 ms so, 28 without the loop.
+    cos, sin = jax.lax.map(turned, frequencies.reshape(2, -1))
+    return jnp.concatenate([*cos], axis=-1), jnp.concatenate([*sin], axis=-1)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
