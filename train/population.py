@@ -21,6 +21,7 @@ from train.config import RunConfig, to_toml
 from train.errors import RunError
 from train.experiment import Experiment, dropout_key, make_tx, prepare
 from train.finish import finish
+from train.heap import keep_freed_memory
 from train.identity import check_config, check_folder, check_started, write_facts
 from train.interrupt import make_interrupt
 from train.leftovers import clear_leftovers
@@ -210,7 +211,9 @@ def _train(population: Population, folder: Path, words: Sequence[str], resume: b
         interrupt = open_logs.enter_context(make_interrupt(None))
         introduce(experiments[0], progress, start)
         progress.note(f"{len(experiments)} members in one step")
-        session = Session(population, checkpoints, logs, progress, population.compile(), notes)
+        steps = population.compile()
+        keep_freed_memory()
+        session = Session(population, checkpoints, logs, progress, steps, notes)
         try:
             return session.train(state, interrupt)
         except OSError as error:
