@@ -34,7 +34,8 @@ def run_cells(configs: Sequence[RunConfig], folder: Path, command: Sequence[str]
     for config in configs:
         if not is_finished(Path(config.output.folder)):
             raise ValueError(
-                f"{folder} says that its runs are finished, and {config.output.folder} is not; remove both to train again"
+                f"{folder} says that its runs are finished, and {config.output.folder} is not; remove both to train "
+                "again"
             )
     return None
 

@@ -66,7 +66,7 @@ def difference(scores: Sequence[float], reference: Sequence[float], level: float
     """
     if len(scores) != len(reference):
         raise ValueError(f"{len(scores)} scores can't be paired with {len(reference)}; run both arms with equal seeds")
-    found = interval(np.subtract(scores, reference), level)
+    found = interval([ours - theirs for ours, theirs in zip(scores, reference, strict=True)], level)
     if found.count == 1:
         return Difference(found, "one seed")
     if abs(found.mean) <= found.half:

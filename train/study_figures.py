@@ -7,6 +7,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -17,7 +18,7 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 from train.results import Result
 from train.studies import STUDIES, Curve, Study, curves
 
-_STYLE = {"font.size": 9.0, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
+_STYLE: dict[Any, Any] = {"font.size": 9.0, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
 _DPI = 130
 _SYMBOLS = "osD^vP*X<>ph"
 
@@ -103,7 +104,7 @@ def _effective(axes: Axes, task: str, rows: Sequence[Result]) -> None:
     largest = max((row.rank for row in own), default=1)
     axes.plot([1, largest], [1, largest], "--", color="0.75", zorder=0)
     for number, row in enumerate(own):
-        axes.plot([row.rank], [row.effective], _SYMBOLS[number % len(_SYMBOLS)], label=row.word)
+        axes.plot([row.rank], [row.effective or 0.0], _SYMBOLS[number % len(_SYMBOLS)], label=row.word)
     _logarithmic(axes, sorted({row.rank for row in own}))
     axes.set_xlabel("rank of the update, at most")
     axes.set_ylabel("effective rank")

@@ -54,6 +54,11 @@ class Row:
         """A run for each seed, trained on all rows and evaluated on the held-out ones."""
         return [self._run(rate, seed, f"seed-{seed}", None) for seed in self.seeds]
 
+    def check(self) -> None:
+        """Raises ValueError where one of its runs has settings that do not fit, before any is made."""
+        self.choices()
+        self.reported(self.rates[0])
+
     def _run(self, rate: float, seed: int, name: str, held_back: int | None) -> RunConfig:
         optim = self.base.optim
         # The heads' rate keeps its ratio to the adapters', which the recipe sets.
@@ -109,7 +114,7 @@ def plan_table(
     for task in _ordered(tasks, warm_start):
         config = _configured(task, model, data, overrides)
         for arm in arms:
-            rows[task, arm.word] = row = Row(
+            rows[task, arm.word] = Row(
                 task=task,
                 arm=arm,
                 base=arm.configured(config),
@@ -119,7 +124,8 @@ def plan_table(
                 folder=folder / task / arm.folder,
                 starts_from=rows["mnli", arm.word] if warm_start and task in WARM_STARTED else None,
             )
-            [*row.choices().values(), *row.reported(row.rates[0])]  # checked here, before any is run
+    for row in rows.values():
+        row.check()
     return list(rows.values())
 
 
