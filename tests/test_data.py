@@ -60,7 +60,7 @@ def test_rows_held_back_are_evaluated_on_and_left_out_of_training(tmp_path):
         f"{tmp_path / 'train.jsonl'}: 5 rows held back and evaluated on (data.held_back)",
         f"{tmp_path / 'train.jsonl'}: first 7 of 12 rows taken (data.train_limit)",
     )
-    with pytest.raises(ValueError, match="data.held_back=17 leaves none of 17 rows to train on"):
+    with pytest.raises(ValueError, match=r"data\.held_back=17 leaves none of 17 rows"):
         load_examples(local(tmp_path, rows, HELD_OUT, held_back=17), "classification")
 
 

@@ -18,7 +18,13 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 from train.results import Result
 from train.studies import STUDIES, Curve, Study, curves
 
-_STYLE: dict[Any, Any] = {"font.size": 9.0, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
+_STYLE: dict[Any, Any] = {
+    "font.size": 9.0,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
 _DPI = 130
 _SYMBOLS = "osD^vP*X<>ph"
 
