@@ -1,17 +1,21 @@
 """MELoRA for JAX and Flax: mini-ensemble low-rank adapters in any NNX model (arXiv 2402.17263)."""
 
+from melora_jax.adalora import AdaLoRADense, orthogonality
 from melora_jax.adapters import export_peft, import_peft, load_adapter, save_adapter, spectra
 from melora_jax.config import MELoRAConfig
+from melora_jax.dora import DoRADense
 from melora_jax.dropout import dropout_key
 from melora_jax.generation import Generation, NewTokens, generate, stream
 from melora_jax.guard import check_mesh
-from melora_jax.layers import FrozenParam, MELoRADense, MELoRAParam
+from melora_jax.layers import BaseParam, FrozenParam, MELoRADense, MELoRAParam
 from melora_jax.merging import merge, unwrap
 from melora_jax.models import abstract_model, from_pretrained, save_pretrained
 from melora_jax.models.gguf_tokenizer import tokenizer_from_gguf
 from melora_jax.optim import TrainState, make_optimizer, make_train_step, train_state
 from melora_jax.orbax import save_orbax
+from melora_jax.pissa import PiSSADense
 from melora_jax.quantization import Quantization, quantize
+from melora_jax.rank_budget import RankBudget
 from melora_jax.sharding import batch_sharding, make_mesh
 from melora_jax.stacking import Stacking, stack_layers, unstack_layers
 from melora_jax.surgery import Adaptation, adapt, describe
@@ -19,14 +23,19 @@ from melora_jax.surgery import Adaptation, adapt, describe
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaLoRADense",
     "Adaptation",
+    "BaseParam",
+    "DoRADense",
     "FrozenParam",
     "Generation",
     "MELoRAConfig",
     "MELoRADense",
     "MELoRAParam",
     "NewTokens",
+    "PiSSADense",
     "Quantization",
+    "RankBudget",
     "Stacking",
     "TrainState",
     "abstract_model",
@@ -44,6 +53,7 @@ __all__ = [
     "make_optimizer",
     "make_train_step",
     "merge",
+    "orthogonality",
     "quantize",
     "save_adapter",
     "save_orbax",
