@@ -13,16 +13,21 @@ import numpy as np
 from melora_jax.config import AdapterSpec, Bias, MELoRAConfig
 
 FORMAT_VERSION = 1
+_COMMON = ("dropout", "scaling", "mixer", "strategy", "init", "dtype", "variant")
 
 
 @dataclasses.dataclass(frozen=True)
 class SiteFactors:
-    """One site's adapter as arrays: a [n i r] and b [n r o]; `lookup` marks an embedding."""
+    """One site's adapter as arrays: a [n i r] and b [n r o]; `lookup` marks an embedding.
+
+    `extras` are what an adapter that is no plain MELoRA has beside them, by name; see `extra_shapes`.
+    """
 
     spec: AdapterSpec
     a: np.ndarray
     b: np.ndarray
     lookup: bool = False
+    extras: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def d_in(self) -> int:
@@ -33,6 +38,19 @@ class SiteFactors:
     def d_out(self) -> int:
         """The layer's output size."""
         return self.b.shape[0] * self.b.shape[2]
+
+
+def extra_shapes(spec: AdapterSpec, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:
+    """The arrays that an adapter has beside a and b: DoRA's norms, AdaLoRA's diagonal, PiSSA's start values.
+
+    >>> extra_shapes(AdapterSpec(n=2, r=(3, 3), alpha=(1.0, 1.0), variant="adalora"), 4, 6)
+    {'e': (2, 3)}
+    """
+    n, r = spec.n, max(spec.r)
+    if spec.init == "pissa":
+        return {"a_start": (n, d_in // n, r), "b_start": (n, r, d_out // n)}
+    variants: dict[str, dict[str, tuple[int, ...]]] = {"dora": {"magnitude": (d_out,)}, "adalora": {"e": (n, r)}}
+    return variants.get(spec.variant, {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +74,11 @@ class AdapterTree:
 
     def tensors(self) -> dict[str, np.ndarray]:
         """All arrays by their key in our file."""
-        factors = {f"{path}/{name}": getattr(site, name) for path, site in self.sites.items() for name in ("a", "b")}
+        factors = {
+            f"{path}/{name}": array
+            for path, site in self.sites.items()
+            for name, array in {"a": site.a, "b": site.b, **site.extras}.items()
+        }
         return factors | dict(self.saved)
 
     def facts(self) -> dict[str, Any]:
@@ -81,7 +103,8 @@ def config_of_sites(
     site has an entry in the pattern, longest path first, so that none is taken for another.
 
     Raises:
-      ValueError: specs that differ in what a config says once for all: dropout, scaling, mixer, strategy, init, dtype.
+      ValueError: specs that differ in what a config says once for all: dropout, scaling, mixer, strategy, init, dtype,
+        variant.
 
     >>> config = config_of_sites({"a/query": AdapterSpec(n=1, r=(4,), alpha=(8.0,))})
     >>> config.targets, config.n, config.r, config.spec("a/query").scales
@@ -90,7 +113,7 @@ def config_of_sites(
     if not specs:
         return MELoRAConfig(targets=(), modules_to_save=tuple(modules_to_save), bias=bias)
     usual = Counter(specs.values()).most_common(1)[0][0]
-    common = {name: getattr(usual, name) for name in ("dropout", "scaling", "mixer", "strategy", "init", "dtype")}
+    common = {name: getattr(usual, name) for name in _COMMON}
     for path, spec in specs.items():
         for name, value in common.items():
             if getattr(spec, name) != value:

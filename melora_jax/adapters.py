@@ -15,6 +15,7 @@ from melora_jax.config import MELoRAConfig
 from melora_jax.fit import beside_factors, require_fit, require_same_factors
 from melora_jax.graph import path_of, walk
 from melora_jax.interchange import read_adapter, write_adapter
+from melora_jax.layers import MELoRADense, StartParam
 from melora_jax.matching import plan_sites
 from melora_jax.model_card import Provenance, license_in
 from melora_jax.models.families import torch_from_flax
@@ -57,11 +58,8 @@ def adapter_tree(model: nnx.Module) -> AdapterTree:
     """A model's trained arrays and their settings, on the host."""
     config = config_of(model)
     require_live(model)
-    model = unstacked(model, nnx.Param)
-    sites = {
-        path: SiteFactors(layer.spec, np.asarray(layer.a[...]), np.asarray(layer.b[...]), layer.view.lookup)
-        for path, layer in adapters_of(model).items()
-    }
+    model = unstacked(model, (nnx.Param, StartParam))
+    sites = {path: _site(layer) for path, layer in adapters_of(model).items()}
     return AdapterTree(
         config=config,
         sites=sites,
@@ -69,6 +67,12 @@ def adapter_tree(model: nnx.Module) -> AdapterTree:
         base_model=getattr(model, "name_or_path", None) or None,
         task=getattr(model, "task", None),
     )
+
+
+def _site(layer: MELoRADense) -> SiteFactors:
+    """A layer's arrays on the host."""
+    arrays = {name: np.asarray(getattr(layer, name)[...]) for name in ("a", "b", *layer.extras)}
+    return SiteFactors(layer.spec, arrays.pop("a"), arrays.pop("b"), layer.view.lookup, arrays)
 
 
 def load_adapter(model: nnx.Module, folder: str | Path) -> Adaptation:
@@ -146,8 +150,9 @@ def _put(model: nnx.Module, tree: AdapterTree, folder: str | Path) -> Adaptation
     if getattr(model, CONFIG_ATTRIBUTE, None) is None:
         adapt(model, tree.config, rngs=nnx.Rngs(0))
     for path, layer in adapters_of(model).items():
-        layer.a.set_value(jnp.asarray(tree.sites[path].a, jnp.float32))
-        layer.b.set_value(jnp.asarray(tree.sites[path].b, jnp.float32))
+        site = tree.sites[path]
+        for name, array in {"a": site.a, "b": site.b, **site.extras}.items():
+            getattr(layer, name).set_value(jnp.asarray(array, jnp.float32))
     for path, variable in beside_factors(model).items():
         variable.set_value(jnp.asarray(tree.saved[path], variable.dtype))
     return describe(model)
@@ -229,13 +234,13 @@ def _tied_embedding(model: nnx.Module) -> str | None:
 
 
 def spectra(model: nnx.Module) -> dict[str, np.ndarray]:
-    """The singular values of every site's ΔW, float64, largest first, by site path.
+    """The singular values of every site's ΔW, float64, largest first, by site path; of DoRA before its normalisation.
 
     Raises:
       ValueError: the model was not adapted.
     """
     config_of(model)
-    sites = adapters_of(unstacked(model, nnx.Param))
+    sites = adapters_of(unstacked(model, (nnx.Param, StartParam)))
     return {path: singular_values(*map(np.asarray, layer.packed_factors())) for path, layer in sites.items()}
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from melora_jax.adapter_tree import AdapterTree, SiteFactors, config_of_sites
 from melora_jax.config import AdapterSpec, MELoRAConfig
+from melora_jax.linear import as_plain
 from melora_jax.plain import plain_factors
 
 
@@ -72,6 +73,7 @@ def scale(tree: AdapterTree, factor: float) -> AdapterTree:
     """
     if not np.isfinite(factor):
         raise ValueError(f"factor={factor} is not finite; choose a number such as 0.5 or -1")
+    tree = _linear(tree)
     sites = {path: dataclasses.replace(site, b=site.b * np.float32(factor)) for path, site in tree.sites.items()}
     return dataclasses.replace(tree, sites=sites)
 
@@ -98,6 +100,7 @@ def add(
     if not trees or len(weights) != len(trees) or not np.isfinite(weights).all():
         raise ValueError(f"{len(trees)} adapters and the weights {list(weights)}; give one finite weight for each")
     _require_equal_saved(trees)
+    trees = [_linear(tree) for tree in trees]
     paths = dict.fromkeys(path for tree in trees for path in tree.sites)
     sites, losses = {}, {}
     for path in paths:
@@ -143,6 +146,11 @@ def _summed(path: str, parts: Sequence[tuple[float, SiteFactors]]) -> tuple[int,
         (np.concatenate([left for left, _ in block], 1), np.concatenate([right for _, right in block]))
         for block in zip(*split, strict=True)
     ]
+
+
+def _linear(tree: AdapterTree) -> AdapterTree:
+    """The adapter in plain factors: what AdaLoRA and PiSSA compute."""
+    return as_plain(tree, "arithmetic on adapters adds plain updates")
 
 
 def _exact(site: SiteFactors) -> _Factors:
@@ -205,6 +213,7 @@ def compress(tree: AdapterTree, *, n: int, r: int) -> Approximation:
     Raises:
       ValueError: n does not divide a size, or n or r is below 1.
     """
+    tree = _linear(tree)
     sites, losses = {}, {}
     for path, site in tree.sites.items():
         _require_divisible(path, site.d_in, site.d_out, n, r)

@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from melora_jax.config import AdapterSpec, Init, Mixer, Strategy
+from melora_jax.starts import orthogonal_factors
 
 # The packed form does n times the arithmetic of the batched one, in one wide product instead of n narrow ones.
 # Up to this many latents the width is worth it: measured on CPU; elsewhere one 128-wide matrix unit is assumed.
@@ -54,9 +55,14 @@ def init_factors(
 
     A is uniform within 1/sqrt(i), torch's kaiming_uniform(a=√5) over a slice, as the authors start it (and
     within 1/sqrt(d_in) for mixer `all`, where every latent reads the whole input); or Gaussian with deviation 1/r.
+    With init `orthogonal` neither is zero, but A·B is.
     """
     i, o, r = d_in // spec.n, d_out // spec.n, max(spec.r)
     initialiser = _a_initialiser(spec.init, spec.mixer, spec.n, r)
+    if spec.init == "orthogonal":
+        return orthogonal_factors(key, i, o, spec)
+    if spec.init == "pissa":
+        raise ValueError("init='pissa' starts from a layer's kernel; put it on one with PiSSADense.wrap or adapt")
     used = scale_of(spec)[:, None, :] != 0
     a = jnp.where(used, initialiser(key, (spec.n, i, r), jnp.float32), 0.0)
     return a, jnp.zeros((spec.n, r, o), jnp.float32)

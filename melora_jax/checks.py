@@ -30,6 +30,25 @@ def check_alpha(name: str, value: Any) -> None:
     check_number(name, value, low=math.ulp(0.0), below=math.inf)
 
 
+def check_start(spec: Any) -> None:
+    """The start values and the variant of an adapter are defined for its minis and its mixer."""
+    from_blocks, variant = spec.init in ("orthogonal", "pissa"), spec.variant
+    if (from_blocks or variant == "adalora") and spec.mixer != "identity":
+        what = f"init={spec.init!r}" if from_blocks else f"variant={variant!r}"
+        raise ValueError(f'{what} is defined for mixer="identity" alone, not {spec.mixer!r}; leave one of them out')
+    if from_blocks and variant != "plain":
+        raise ValueError(f'init={spec.init!r} is for variant="plain", not {variant!r}; take init="kaiming"')
+    if variant == "adalora" and (spec.init != "kaiming" or len(set(spec.r)) > 1):
+        given = f"init={spec.init!r}" if spec.init != "kaiming" else f"r={list(spec.r)}"
+        raise ValueError(f"variant='adalora' has a start of its own, and one r for all minis: leave {given} out")
+    if spec.init == "orthogonal" and (len(set(spec.r)) > 1 or spec.r[0] % 2):
+        raise ValueError(f"init='orthogonal' needs one even r for all minis, not {list(spec.r)}; choose 2, 4, 6 ...")
+    if spec.init == "pissa" and spec.dropout:
+        raise ValueError(
+            f"init='pissa' starts at the kernel's principal part, which dropout={spec.dropout} would drop; set it to 0"
+        )
+
+
 def check_number(name: str, value: Any, low: float, below: float) -> None:
     """A finite number in [low, below)."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < below:

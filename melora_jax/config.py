@@ -15,7 +15,8 @@ from melora_jax.patterns import first_match
 Scaling = Literal["mini", "total", "rslora"]
 Mixer = Literal["identity", "all", "shuffle", "scatter"]
 Strategy = Literal["auto", "batched", "packed"]
-Init = Literal["kaiming", "gaussian"]
+Init = Literal["kaiming", "gaussian", "orthogonal", "pissa"]
+Variant = Literal["plain", "dora", "adalora"]
 Bias = Literal["none", "all", "lora_only"]
 
 ALL_LINEAR = "all-linear"
@@ -24,6 +25,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "mixer": get_args(Mixer),
     "strategy": get_args(Strategy),
     "init": get_args(Init),
+    "variant": get_args(Variant),
     "dtype": (None, "float32", "bfloat16", "float16", "float64"),
 }
 _NAMES = ("targets", "exclude", "modules_to_save")
@@ -38,7 +40,7 @@ class AdapterSpec:
       n: number of mini-adapters.
       r: rank of each mini, `n` ints.
       alpha: numerator of each mini's scale, `n` floats.
-      dropout, scaling, mixer, strategy, init, dtype: as in `MELoRAConfig`.
+      dropout, scaling, mixer, strategy, init, dtype, variant: as in `MELoRAConfig`.
 
     Raises:
       ValueError: an unknown choice, a value out of range, or values that contradict each other.
@@ -56,6 +58,7 @@ class AdapterSpec:
     strategy: Strategy = "auto"
     init: Init = "kaiming"
     dtype: str | None = None
+    variant: Variant = "plain"
 
     def __post_init__(self) -> None:
         checks.check_choices(self, _CHOICES)
@@ -75,6 +78,7 @@ class AdapterSpec:
         if self.mixer == "shuffle" and self.r[0] % self.n:
             sizes = f"n={self.n}, r={self.r[0]}"
             raise ValueError(f'mixer="shuffle" needs n to divide r: {sizes}; choose r from multiples of {self.n}')
+        checks.check_start(self)
 
     @property
     def latents(self) -> int:
@@ -83,8 +87,11 @@ class AdapterSpec:
 
     @property
     def rank(self) -> int:
-        """The rank of ΔW for generic factors wide enough: Σ r_k, or r for mixer `all`."""
-        return self.r[0] if self.mixer == "all" else self.latents
+        """The rank of ΔW for generic factors wide enough: Σ r_k, r for mixer `all`, twice that for init `pissa`.
+
+        For variant `dora` that of what is added before the normalisation.
+        """
+        return (self.r[0] if self.mixer == "all" else self.latents) * (2 if self.init == "pissa" else 1)
 
     @property
     def scales(self) -> tuple[float, ...]:
@@ -93,8 +100,9 @@ class AdapterSpec:
         return tuple(alpha / (divisor or r) for alpha, r in zip(self.alpha, self.r, strict=True))
 
     def parameters(self, d_in: int, d_out: int) -> int:
-        """Σ r_k·(d_in/n + d_out/n), the trainable parameters of one site."""
-        return self.latents * (d_in // self.n + d_out // self.n)
+        """Σ r_k·(d_in/n + d_out/n), the trainable parameters of one site; d_out more for `dora`, Σ r_k for `adalora`."""
+        more = {"plain": 0, "dora": d_out, "adalora": self.latents}[self.variant]
+        return self.latents * (d_in // self.n + d_out // self.n) + more
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,6 +129,10 @@ class MELoRAConfig:
         PEFT). `"all"` without targets is BitFit (arXiv 2106.10199).
       train_base: train every parameter of the base, full fine-tuning; targets must be empty.
       init: start of A: `"kaiming"` uniform within 1/sqrt(d_in/n), `"gaussian"` with deviation 1/r. B is zero.
+        `"orthogonal"` starts both, with A·B = 0, and `"pissa"` at the principal part of the kernel's diagonal blocks
+        (arXiv 2404.02948), of which the adapter learns the difference: the base is not changed. See `starts`.
+      variant: `"plain"`, `"dora"` with a learnt norm of each output's weights (arXiv 2402.09353; PEFT: `use_dora`), or
+        `"adalora"` with a factor for each latent, of which a `RankBudget` keeps the important (arXiv 2303.10512).
       dtype: dtype the adapter's product is computed in; `None` follows the layer. Factors are kept in float32.
 
     Raises:
@@ -148,6 +160,7 @@ class MELoRAConfig:
     train_base: bool = False
     init: Init = "kaiming"
     dtype: str | None = None
+    variant: Variant = "plain"
 
     def __post_init__(self) -> None:
         for name in _NAMES:
@@ -218,6 +231,7 @@ class MELoRAConfig:
                 strategy=self.strategy,
                 init=self.init,
                 dtype=self.dtype,
+                variant=self.variant,
             )
         except ValueError as error:
             raise ValueError(f"{error} (at {path})" if path else str(error)) from None
@@ -248,11 +262,13 @@ class MELoRAConfig:
         return cls(**values)
 
 
-def require_frozen_base(config: MELoRAConfig, where: str) -> None:
-    """Raises ValueError if `config` trains the base's own parameters, which an adapter of `where` does not hold."""
-    for name, usual in (("bias", "none"), ("train_base", False)):
-        if getattr(config, name) != usual:
-            raise ValueError(f"{name}={getattr(config, name)!r} is for NNX models; {where} holds adapters alone")
+def require_factors_alone(config: MELoRAConfig, where: str) -> None:
+    """Raises ValueError if `config` asks for more than the factors a and b, which is all that `where` can hold."""
+    for name, fine in (("bias", "none"), ("train_base", False), ("variant", "plain")):
+        if getattr(config, name) != fine:
+            raise ValueError(f"{name}={getattr(config, name)!r} is for NNX models; {where} holds plain adapters alone")
+    if config.init == "pissa":
+        raise ValueError(f"init='pissa' is for NNX models; {where} holds plain adapters alone")
 
 
 def _as_tuple(value: Any) -> Any:

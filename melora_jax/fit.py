@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flax import nnx
 
-from melora_jax.adapter_tree import AdapterTree
+from melora_jax.adapter_tree import AdapterTree, extra_shapes
 from melora_jax.config import AdapterSpec, MELoRAConfig
 from melora_jax.graph import path_of, walk
 from melora_jax.layers import MELoRAParam
@@ -97,7 +97,8 @@ def _needs_of_adapted(model: nnx.Module) -> _Needs:
 
 def _factor_shapes(path: str, spec: AdapterSpec, view: DenseView) -> dict[str, tuple[int, ...]]:
     n, r = spec.n, max(spec.r)
-    return {f"{path}/a": (n, view.d_in // n, r), f"{path}/b": (n, r, view.d_out // n)}
+    factors = {"a": (n, view.d_in // n, r), "b": (n, r, view.d_out // n)} | extra_shapes(spec, view.d_in, view.d_out)
+    return {f"{path}/{name}": shape for name, shape in factors.items()}
 
 
 def _require_same_config(model: nnx.Module, tree: AdapterTree, folder: str | Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from melora_jax.adapter_tree import FORMAT_VERSION, AdapterTree, SiteFactors
+from melora_jax.adapter_tree import FORMAT_VERSION, AdapterTree, SiteFactors, extra_shapes
 from melora_jax.config import AdapterSpec, MELoRAConfig
 from melora_jax.model_card import Provenance, write_card
 from melora_jax.storage import TensorFile, atomic_folder, read_json, write_tensors
@@ -56,7 +56,7 @@ def read_adapter(folder: str | Path) -> AdapterTree:
     described = read_facts(folder / CONFIG_FILE)
     tensors = _finite_tensors(folder / TENSOR_FILE)
     sites = {
-        path: SiteFactors(spec, *_factors(path, spec, tensors, folder / TENSOR_FILE), lookup=lookup)
+        path: _site_factors(path, spec, lookup, tensors, folder / TENSOR_FILE)
         for path, (spec, lookup) in described.specs.items()
     }
     return AdapterTree(described.config, sites, tensors, described.base_model, described.task)
@@ -123,6 +123,8 @@ def require_finite(tensors: Mapping[str, np.ndarray], file: Path) -> None:
 def _spec_from(entry: Any) -> tuple[AdapterSpec, bool]:
     """A site's spec and whether it is an embedding's, from their JSON form."""
     keys = {field.name for field in dataclasses.fields(AdapterSpec)} | {"lookup"}
+    if isinstance(entry, dict):
+        entry = {"variant": "plain"} | entry  # earlier versions knew no other
     if not isinstance(entry, dict) or entry.keys() != keys:
         raise ValueError(f"a site is {entry!r} where an object with the keys {sorted(keys)} is expected; save it again")
     if not isinstance(entry["r"], list) or not isinstance(entry["alpha"], list) or type(entry["lookup"]) is not bool:
@@ -132,14 +134,34 @@ def _spec_from(entry: Any) -> tuple[AdapterSpec, bool]:
     return AdapterSpec(**values), lookup
 
 
+def _site_factors(
+    path: str, spec: AdapterSpec, lookup: bool, tensors: dict[str, np.ndarray], file: Path
+) -> SiteFactors:
+    """Takes a site's arrays out of `tensors`, checked against its spec."""
+    site = SiteFactors(spec, *_factors(path, spec, tensors, file), lookup=lookup)
+    extras = {}
+    for name, shape in extra_shapes(spec, site.d_in, site.d_out).items():
+        extras[name] = _taken(f"{path}/{name}", tensors, file)
+        if extras[name].shape != shape:
+            raise ValueError(
+                f"{file}: {path}/{name} has shape {list(extras[name].shape)}, and its adapter asks for {list(shape)}; "
+                "save the adapter again"
+            )
+    return dataclasses.replace(site, extras=extras)
+
+
+def _taken(key: str, tensors: dict[str, np.ndarray], file: Path) -> np.ndarray:
+    if key not in tensors:
+        raise ValueError(f"{file} lacks the tensor {key}, which {CONFIG_FILE} names; save the adapter again")
+    return tensors.pop(key)
+
+
 def _factors(path: str, spec: AdapterSpec, tensors: dict[str, np.ndarray], file: Path) -> list[np.ndarray]:
     """Takes a site's a and b out of `tensors`, checked against its spec."""
     factors = []
     for name, axis in (("a", 2), ("b", 1)):
         key = f"{path}/{name}"
-        if key not in tensors:
-            raise ValueError(f"{file} lacks the tensor {key}, which {CONFIG_FILE} names; save the adapter again")
-        value = tensors.pop(key)
+        value = _taken(key, tensors, file)
         if value.ndim != 3 or (value.shape[0], value.shape[axis]) != (spec.n, max(spec.r)):
             raise ValueError(
                 f"{file}: {key} has shape {list(value.shape)}, which is not n={spec.n} minis of rank {max(spec.r)}; "

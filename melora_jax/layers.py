@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +22,12 @@ import numpy as np
 from flax import nnx
 
 from melora_jax import blocks, checks
-from melora_jax.config import AdapterSpec, Init, Mixer, Scaling, Strategy
+from melora_jax.config import AdapterSpec, Init, Mixer, Scaling, Strategy, Variant
 from melora_jax.parallel import ParallelDot
 from melora_jax.quantization import QuantizedLinear
-from melora_jax.sharding import active_mesh
+from melora_jax.sharding import active_mesh, mesh_of
 from melora_jax.slices import product_with_adapter
-from melora_jax.update import attend_update, in_dtype_of, merged_kernel, update_of
+from melora_jax.update import Adapter, attend_update, in_dtype_of, merged_kernel, update_of
 from melora_jax.views import DenseView, unadaptable, view_at_call, view_of
 
 
@@ -37,6 +37,10 @@ class MELoRAParam(nnx.Param):
 
 class FrozenParam(nnx.Variable):
     """A base parameter that is not trained: no `nnx.Param`, so `wrt=nnx.Param` passes it by."""
+
+
+class StartParam(FrozenParam):
+    """Start values of a factor, which its adapter is the difference from: not trained, but saved with it."""
 
 
 class BaseParam(nnx.Param):
@@ -68,6 +72,9 @@ class MELoRADense(nnx.Module):
     ((2, 12), (4, 2, 1), (4, 1, 3))
     """
 
+    variant: ClassVar[Variant] = "plain"
+    extras: ClassVar[tuple[str, ...]] = ()  # the variables that make up the adapter beside a and b
+
     def __init__(
         self,
         d_in: int,
@@ -98,18 +105,20 @@ class MELoRADense(nnx.Module):
             strategy=strategy,
             init=init,
             dtype=None if dtype is None else jnp.dtype(dtype).name,
+            variant=self.variant,
         )
         checks.check_sizes(d_in, d_out, n, path or type(self).__name__)
         if base is None:
             base = nnx.Linear(d_in, d_out, use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
             for name, parameter in nnx.state(base, nnx.Param).items():
                 setattr(base, str(name), freeze(parameter))
-        a, b = blocks.init_factors(rngs.params(), d_in, d_out, self.spec)
         self.base: Any = base
+        self.path = path
+        a, b = self._start(rngs.params(), d_in, d_out)
         self.a = MELoRAParam(a)
         self.b = MELoRAParam(b)
-        self.path = path
-        self.strategy: Strategy = blocks.choose_strategy(strategy, n * max(self.spec.r), jax.default_backend())
+        latents = self.product.spec.n * max(self.product.spec.r)
+        self.strategy: Strategy = blocks.choose_strategy(strategy, latents, jax.default_backend())
 
     @classmethod
     def wrap(cls, layer: nnx.Module, spec: AdapterSpec, *, path: str, rngs: nnx.Rngs) -> MELoRADense:
@@ -124,9 +133,32 @@ class MELoRADense(nnx.Module):
         Raises:
           ValueError: a layer without a flat kernel, or sizes that n does not divide.
         """
-        view = checked_view(layer, spec.n, path)
+        view = cls.checked(layer, spec, path)
         options = dataclasses.asdict(spec)
+        del options["variant"]
         return cls(view.d_in, view.d_out, **options, base=layer, path=path, rngs=rngs)
+
+    @classmethod
+    def checked(cls, layer: nnx.Module, spec: AdapterSpec, path: str) -> DenseView:
+        """The flat view of a layer that this adapter can be put on.
+
+        Raises:
+          ValueError: it has none, or n does not divide it; both name the path and the remedy.
+        """
+        return checked_view(layer, spec.n, path)
+
+    def _start(self, key: jax.Array, d_in: int, d_out: int) -> tuple[jax.Array, jax.Array]:
+        """Start values of a and b."""
+        return blocks.init_factors(key, d_in, d_out, self.spec)
+
+    @property
+    def product(self) -> Adapter:
+        """The settings of the product x·A·B that is computed, of whose factors `factors` are."""
+        return self
+
+    def factors(self) -> tuple[jax.Array, jax.Array]:
+        """A and B as they are multiplied, `[n i r]` and `[n r o]`."""
+        return self.a[...], self.b[...]
 
     @property
     def view(self) -> DenseView:
@@ -140,23 +172,24 @@ class MELoRADense(nnx.Module):
 
     @property
     def scale(self) -> np.ndarray:
-        """s_k for each latent, [n r]."""
-        return blocks.scale_of(self.spec)
+        """s_k for each latent of `factors`, [n r]."""
+        return blocks.scale_of(self.product.spec)
 
     def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         """The base layer's output plus the adapter's; further arguments go to the base layer."""
         mesh = active_mesh()
         if mesh is not None and isinstance(getattr(self.base, "dot_general", None), ParallelDot):
             return product_with_adapter(
-                self.base, mesh, x, self._factors_for, self.scale, self.spec, self.strategy, self.path
+                self.base, mesh, x, self._factors_for, self.scale, self.product.spec, self.strategy, self.path
             )
         y = self.base(x, *args, **kwargs)
         view = self._view_for_call(*args, **kwargs)
-        return y + update_of(self, view, x, y, self.a[...], self.b[...])
+        return y + update_of(self.product, view, x, y, *self.factors())
 
     def _factors_for(self, y: jax.Array | jax.ShapeDtypeStruct) -> tuple[jax.Array, jax.Array]:
         """A and B in the dtype of the computation."""
-        return in_dtype_of(self, self.a[...], y), in_dtype_of(self, self.b[...], y)
+        a, b = self.factors()
+        return in_dtype_of(self, a, y), in_dtype_of(self, b, y)
 
     def _view_for_call(self, *args: Any, **kwargs: Any) -> DenseView:
         """The base's view, or that of an equation given to an Einsum at the call."""
@@ -170,20 +203,20 @@ class MELoRADense(nnx.Module):
         if not isinstance(self.base, nnx.Embed):
             raise AttributeError(f"{type(self.base).__name__!r} at {self.path} has no attend; only an Embed has")
         y = self.base.attend(query, **kwargs)
-        return y + attend_update(self, self.view, query, y, self.a[...], self.b[...])
+        return y + attend_update(self.product, self.view, query, y, *self.factors())
 
     def delta(self) -> jax.Array:
         """ΔW as a flat `[d_in, d_out]` array in float32."""
-        return blocks.delta(self.a[...], self.b[...], self.scale, self.spec.mixer)
+        return blocks.delta(*self.factors(), self.scale, self.spec.mixer)
 
     def packed_factors(self) -> tuple[jax.Array, jax.Array]:
-        """Plain LoRA factors, `[d_in, R]` and `[R, d_out]`, whose product is ΔW."""
-        return blocks.packed_factors(self.a[...], self.b[...], self.scale, self.spec.mixer)
+        """Plain LoRA factors, `[d_in, R]` and `[R, d_out]`, whose product is ΔW (in DoRA, before its normalisation)."""
+        return blocks.packed_factors(*self.factors(), self.scale, self.spec.mixer)
 
     def merged(self) -> jax.Array:
         """W + ΔW in the base kernel's layout and dtype, summed in float32 at least."""
         return merged_kernel(
-            self.spec, self.view, getattr(self.base, self.view.kernel_name)[...], self.a[...], self.b[...]
+            self.product.spec, self.view, getattr(self.base, self.view.kernel_name)[...], *self.factors()
         )
 
     # Hosts read these off a layer; they see the base's. A host that computes with `kernel` itself, instead of
@@ -221,6 +254,13 @@ def in_float32(value: Any) -> Any:
     if isinstance(value, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(value.shape, jnp.float32, sharding=value.sharding)
     return value.astype(jnp.float32)
+
+
+def refuse_mesh(kernel: nnx.Variable, what: str, path: str) -> None:
+    """Raises ValueError if a kernel lies on a mesh, where `what` is not supported."""
+    mesh = mesh_of(kernel.get_raw_value())
+    if mesh is not None and mesh.size > 1:
+        raise unadaptable(path, f"{what} does not run on a mesh; load the model on one device, or take a plain adapter")
 
 
 def checked_view(layer: nnx.Module, n: int, path: str) -> DenseView:

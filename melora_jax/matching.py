@@ -9,9 +9,10 @@ from flax import nnx
 
 from melora_jax.config import AdapterSpec, MELoRAConfig
 from melora_jax.graph import children, path_of, walk
-from melora_jax.layers import FrozenParam, MELoRADense, checked_view
+from melora_jax.layers import FrozenParam, MELoRADense
 from melora_jax.quantization import QuantizedLinear
 from melora_jax.selection import NamedModule, modules_to_save, require_patterns, select, spec_of
+from melora_jax.variants import layer_type
 
 LINEAR = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, QuantizedLinear)
 
@@ -121,7 +122,7 @@ def _modules_of(model: nnx.Module) -> list[NamedModule]:
 
 def _planned(module: NamedModule, config: MELoRAConfig) -> PlannedSite:
     path, spec = module.paths[0], spec_of(module, config)
-    checked_view(module.node, spec.n, path)
+    layer_type(spec).checked(module.node, spec, path)
     return PlannedSite(path, module.node, spec)
 
 

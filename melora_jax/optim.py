@@ -19,6 +19,7 @@ from melora_jax.checks import check_count
 from melora_jax.dropout import dropout_key
 from melora_jax.graph import path_of
 from melora_jax.layers import BaseParam, FrozenParam, MELoRAParam
+from melora_jax.rank_budget import RankBudget, within_budget
 from melora_jax.sharding import batch_sharding, constrain, mesh_of_tree, put, shardings_like, shardings_of, use_mesh
 
 Label = Literal["a", "b", "base", "head", "frozen"]
@@ -30,7 +31,7 @@ Metrics = dict[str, jax.Array]
 def labels_of(model: nnx.Module) -> Callable[[Any], Any]:
     """A function from any tree of the model's variables to the same tree of labels.
 
-    "a" and "b" are adapter factors, "base" is what is trained of the base, "head" every other `nnx.Param`, "frozen"
+    "b" are factors B, "a" all else of adapters, "base" is what is trained of the base, "head" every other `nnx.Param`, "frozen"
     all the rest.
 
     >>> from melora_jax.layers import MELoRADense
@@ -54,7 +55,7 @@ def labels_of(model: nnx.Module) -> Callable[[Any], Any]:
 
 def _label(path: str, variable: Any) -> Label:
     if isinstance(variable, MELoRAParam):
-        return "a" if path.rpartition("/")[2] == "a" else "b"
+        return "b" if path.rpartition("/")[2] == "b" else "a"  # DoRA's norms and AdaLoRA's diagonal too
     if isinstance(variable, BaseParam):
         return "base"
     return "head" if isinstance(variable, nnx.Param) else "frozen"
@@ -71,6 +72,7 @@ def make_optimizer(
     b2: float = 0.999,
     eps: float = 1e-8,
     clip_norm: float | None = None,
+    rank_budget: RankBudget | None = None,
 ) -> optax.GradientTransformation:
     """AdamW with one learning rate for A, B and the head each; the frozen base gets no update and no state.
 
@@ -82,6 +84,7 @@ def make_optimizer(
       weight_decay: decoupled, on everything trained (the authors: 0.01, torch's default).
       b1, b2, eps: Adam's.
       clip_norm: largest global norm of the trainables' gradients together; `None` does not clip.
+      rank_budget: how many latents AdaLoRA keeps; needed where the adapters are AdaLoRA's, to be what the paper says.
 
     Returns:
       An optax transformation for the trainable tree, or for the model's whole tree.
@@ -106,6 +109,8 @@ def make_optimizer(
     if nnx.to_flat_state(nnx.state(model, BaseParam)):
         trained["base"] = adamw(None)
     update = optax.multi_transform(trained, labels)
+    if rank_budget is not None:
+        update = within_budget(model, update, rank_budget)
     if clip_norm is None:
         return update
     # A whole-tree caller's frozen gradients are zeroed first, so that they do not count in the norm.

@@ -24,7 +24,7 @@ _INERT = {
 }
 _READ = {
     *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"),
-    *("modules_to_save", "ensure_weight_tying", "use_bdlora", "bias"),
+    *("modules_to_save", "ensure_weight_tying", "use_bdlora", "bias", "use_dora"),
 }
 # PEFT changes the base beside these starts, so the adapter is of another base than the one it names.
 _ALTERED_BASES = ("pissa", "olora", "corda", "lora_ga")
@@ -41,6 +41,7 @@ class PeftSettings:
       rank_pattern, alpha_pattern: overrides by PEFT's own kind of pattern.
       modules_to_save: names of the modules that were trained whole.
       bias: which of the base's biases were trained, as in PEFT.
+      dora: the norms of the outputs' weights are trained.
       tied: the embedding is the output layer too.
       nblocks: blocks of each A that are stored without the zeros between them; 1 for a plain A.
       base_model, task: the base's name and our word for its task, where known.
@@ -55,6 +56,7 @@ class PeftSettings:
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
     bias: Bias = "none"
+    dora: bool = False
     tied: bool = False
     nblocks: int = 1
     base_model: str | None = None
@@ -119,6 +121,7 @@ def _settings(values: Mapping[str, Any]) -> PeftSettings:
         dropout=dropout,
         modules_to_save=tuple(modules),
         bias=values.get("bias", "none"),
+        dora=bool(values.get("use_dora")),
         tied=bool(values.get("ensure_weight_tying")),
         nblocks=_nblocks(values.get("use_bdlora")),
         base_model=base if isinstance(base, str) else None,

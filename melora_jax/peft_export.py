@@ -21,6 +21,7 @@ import numpy as np
 
 from melora_jax.adapter_tree import AdapterTree, SiteFactors
 from melora_jax.interchange import CONFIG_FILE, write_json
+from melora_jax.linear import as_plain
 from melora_jax.model_card import Provenance, write_card
 from melora_jax.peft_config import PEFT_CONFIG, PEFT_TASKS
 from melora_jax.plain import plain_factors, rounding_of
@@ -61,7 +62,8 @@ def write_peft(
 
     Minis of `identity` and `shuffle` become factors of rank Σ r_k, those of `all` of rank r; narrower sites are padded
     with zeros. One scale shared by all is `lora_alpha / r`; else the scales go into B and `lora_alpha` equals `r`.
-    With `"bdlora"` the blocks of A are stored without the zeros between them.
+    With `"bdlora"` the blocks of A are stored without the zeros between them. AdaLoRA is written with the latents that it
+    has left, PiSSA as the difference from its start, at twice the rank, and DoRA as PEFT's `use_dora`.
 
     Args:
       tree: the adapter.
@@ -77,6 +79,10 @@ def write_peft(
         raise ValueError(f'format={format!r} is unknown; choose "lora" or "bdlora"')
     if not tree.sites:
         raise ValueError("there is no adapted layer to export, PEFT needs one; keep a head alone with save_adapter")
+    dora = tree.config.variant == "dora"
+    if dora and format == "bdlora":
+        raise ValueError('format="bdlora" has no place for DoRA\'s norms; choose format="lora"')
+    tree = tree if dora else as_plain(tree, "PEFT's LoRA holds plain factors")
     shared = {scale for site in tree.sites.values() for scale in site.spec.scales}
     folded = len(shared) > 1
     plain = {path: plain_factors(site, scaled=folded) for path, site in tree.sites.items()}
@@ -85,6 +91,11 @@ def write_peft(
     width = max(len(block) for blocks in blocked.values() for block, _ in blocks)
     tensors = {
         key: value for path, blocks in blocked.items() for key, value in _tensors(path, tree, blocks, width).items()
+    }
+    tensors |= {
+        f"{PREFIX}{path.replace('/', '.')}.lora_magnitude_vector": site.extras["magnitude"]
+        for path, site in tree.sites.items()
+        if dora
     }
     tensors |= {PREFIX + name: np.ascontiguousarray(value) for name, value in host.saved.items()}
     rank = nblocks * width
@@ -159,7 +170,7 @@ def _peft_config(tree: AdapterTree, host: PeftHost, rank: int, alpha: float) -> 
         "inference_mode": True,
         "init_lora_weights": True,
         "use_rslora": False,
-        "use_dora": False,
+        "use_dora": tree.config.variant == "dora",
     }
     return config | ({"ensure_weight_tying": True} if host.tied else {})
 

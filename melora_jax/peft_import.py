@@ -30,11 +30,15 @@ PICKLED_TENSORS = "adapter_model.bin"
 _FACTOR = re.compile(r"(?P<site>.+)\.lora_(?P<lookup>embedding_)?(?P<side>[AB])(\.(?P<mini>\d+|default))?(\.weight)?")
 
 
+_MAGNITUDE = re.compile(r"(?P<site>.+)\.lora_magnitude_vector(\.default)?(\.weight)?")
+
+
 @dataclasses.dataclass
 class _Site:
     """The factors of one site as they lie in the file, by side ("A" or "B") and mini ("" where there are none)."""
 
     lookup: bool
+    magnitude: np.ndarray | None = None
     factors: dict[tuple[str, str], np.ndarray] = dataclasses.field(default_factory=dict)
 
 
@@ -91,12 +95,16 @@ def _sorted(tensors: Mapping[str, np.ndarray], file: Path) -> tuple[dict[str, _S
     """The tensors that are factors by their site's path, and the others by their name."""
     sites: dict[str, _Site] = {}
     others: dict[str, np.ndarray] = {}
+    magnitudes: dict[str, np.ndarray] = {}
     for key, value in tensors.items():
         found = _FACTOR.fullmatch(key)
-        if found is None:
+        if norms := _MAGNITUDE.fullmatch(key):
+            magnitudes[norms["site"].replace(".", "/")] = value
+        elif found is None:
             # with bias="all" PEFT writes a saved module's bias twice more, once as it was before training
             if ".original_module." not in key:
                 others[re.sub(r"\.modules_to_save(\.default)?(?=\.)", "", key)] = value
+        if found is None:
             continue
         path, mini = found["site"].replace(".", "/"), found["mini"] or ""
         side = (found["side"], "" if mini == "default" else mini)
@@ -108,7 +116,23 @@ def _sorted(tensors: Mapping[str, np.ndarray], file: Path) -> tuple[dict[str, _S
         site.factors[side] = value
     if not sites:
         raise ValueError(f"{file} holds no lora_A and lora_B; it is not an adapter of LoRA's kind")
+    for path, magnitude in magnitudes.items():
+        if path not in sites:
+            raise ValueError(f"{file} holds norms of {path}, and no lora_A and lora_B beside them")
+        sites[path].magnitude = magnitude.reshape(-1)
     return sites, others
+
+
+def _extras(path: str, site: _Site, lora_b: np.ndarray, settings: PeftSettings, file: Path) -> dict[str, np.ndarray]:
+    """DoRA's norms, there if and only if the config says so."""
+    if (site.magnitude is not None) != settings.dora:
+        there = "no" if site.magnitude is None else "a"
+        raise ValueError(f"{file} has {there} lora_magnitude_vector of {path}, and use_dora is {settings.dora}")
+    if site.magnitude is None:
+        return {}
+    if len(site.magnitude) != len(lora_b):
+        raise ValueError(f"{file} has {len(site.magnitude)} norms of {path} for its {len(lora_b)} outputs")
+    return {"magnitude": np.ascontiguousarray(site.magnitude)}
 
 
 def _is_in(module: str, path: str) -> bool:
@@ -159,7 +183,7 @@ def _as_exported(
                 a, b = restored(spec, left, right, rounding)
             except ValueError as error:
                 raise ValueError(f"{file.parent / CONFIG_FILE}: {error} at {path}; export the adapter again") from None
-        own[path] = SiteFactors(spec, a, b, lookup)
+        own[path] = SiteFactors(spec, a, b, lookup, _extras(path, sites[path], lora_b, settings, file))
         again = plain_factors(own[path], scaled=rounding is not None)
         if not all(np.array_equal(one, other) for one, other in zip(again, (left, right), strict=True)):
             return None
@@ -218,10 +242,11 @@ def _site_factors(path: str, site: _Site, settings: PeftSettings, file: Path) ->
     shares = (math.sqrt(sum(r) / rank),) * len(r) if settings.rslora else tuple(count / rank for count in r)
     scaling = "rslora" if settings.rslora else "mini"
     alphas = tuple(float(alpha * share) for share in shares)
-    spec = AdapterSpec(n=len(r), r=r, alpha=alphas, dropout=settings.dropout, scaling=scaling)
+    variant = "dora" if settings.dora else "plain"
+    spec = AdapterSpec(n=len(r), r=r, alpha=alphas, dropout=settings.dropout, scaling=scaling, variant=variant)
     kept = np.concatenate(minis)
     a, b = factors_from_plain(spec, lora_a.T[:, kept], lora_b.T[kept], scaled=False)
-    return SiteFactors(spec, a, b, site.lookup)
+    return SiteFactors(spec, a, b, site.lookup, _extras(path, site, lora_b, settings, file))
 
 
 def _authors_site(path: str, site: _Site, settings: PeftSettings, file: Path) -> SiteFactors:

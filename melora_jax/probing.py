@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from melora_jax.layers import MELoRADense
+from melora_jax.layers import MELoRADense, MELoRAParam
 
 
 def check_outputs_move(model: nnx.Module, layers: list[MELoRADense], probe: Any) -> None:
@@ -40,11 +40,15 @@ def check_outputs_move(model: nnx.Module, layers: list[MELoRADense], probe: Any)
 
 
 def _perturbed(model: nnx.Module, layer: MELoRADense) -> nnx.State:
-    """The model's state with ones in this layer's B, and B put back in the model."""
-    kept = layer.b[...]
-    layer.b[...] = jnp.ones_like(kept)
+    """The model's state with ones in this layer's B, and what else of it may start at zero; the model as it was."""
+    moved = [getattr(layer, name) for name in ("b", *layer.extras)]
+    moved = [variable for variable in moved if isinstance(variable, MELoRAParam)]
+    kept = [variable[...] for variable in moved]
+    for variable, value in zip(moved, kept, strict=True):
+        variable[...] = jnp.ones_like(value)
     state = jax.tree.map(lambda leaf: leaf, nnx.state(model))
-    layer.b[...] = kept
+    for variable, value in zip(moved, kept, strict=True):
+        variable[...] = value
     return state
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from melora_jax import blocks
 from melora_jax.checks import check_sizes
-from melora_jax.config import AdapterSpec, MELoRAConfig, Strategy, require_frozen_base
+from melora_jax.config import AdapterSpec, MELoRAConfig, Strategy, require_factors_alone
 from melora_jax.selection import NamedModule, require_patterns, select, spec_of
 from melora_jax.update import merged_kernel, update_of
 from melora_jax.views import DenseView, unadaptable, view_of_general
@@ -62,7 +62,7 @@ def init(kernels: Mapping[str, Any], config: MELoRAConfig, key: Array) -> dict[s
     >>> bool(jnp.allclose(y, x @ merge(kernels, adapters)["query"]))
     True
     """
-    require_frozen_base(config, "melora_jax.raw")
+    require_factors_alone(config, "melora_jax.raw")
     if config.modules_to_save:
         saved = list(config.modules_to_save)
         raise ValueError(f"modules_to_save={saved} can't be kept in adapters; train these arrays beside them instead")

@@ -24,6 +24,7 @@ from melora_jax.serving import rank_note, served_rank
 from melora_jax.sharding import put
 from melora_jax.slices import factor_sharding, whole_notes
 from melora_jax.stacking import is_stacked, unstacked
+from melora_jax.variants import layer_type
 
 CONFIG_ATTRIBUTE = "melora_config"
 
@@ -80,7 +81,7 @@ def _put_adapters(model: nnx.Module, config: MELoRAConfig, rngs: nnx.Rngs) -> No
     wrapped: dict[int, MELoRADense] = {}
     for identity, site in plan.sites.items():
         own = nnx.Rngs(start_key(key, site.path))
-        wrapped[identity] = MELoRADense.wrap(site.layer, site.spec, path=site.path, rngs=own)
+        wrapped[identity] = layer_type(site.spec).wrap(site.layer, site.spec, path=site.path, rngs=own)
         _place_factors(wrapped[identity])
     _freeze_base(model, plan)
     rewrite(model, lambda path, node: wrapped.get(id(node), node))

@@ -58,6 +58,10 @@ class DenseView:
             return y
         return jnp.moveaxis(y, range(-len(self.out_axes), 0), self.out_axes)
 
+    def flatten_kernel(self, kernel: jax.Array) -> jax.Array:
+        """A kernel as `[d_in, d_out]`."""
+        return jnp.transpose(kernel, self.order).reshape(self.d_in, self.d_out)
+
     def unflatten_kernel(self, delta: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """`[d_in, d_out]` in the layout of a kernel of `shape`."""
         ordered = delta.reshape([shape[axis] for axis in self.order])

@@ -66,6 +66,7 @@ def test_the_files_hold_what_is_trained_and_nothing_else(tmp_path: Path) -> None
         "strategy": "auto",
         "init": "kaiming",
         "dtype": None,
+        "variant": "plain",
         "lookup": False,
     }
     assert (facts["format"], facts["version"], facts["base_model"], facts["task"]) == ("melora_jax", 1, None, None)

@@ -33,6 +33,7 @@ FULL: dict[str, Any] = {
     "train_base": False,
     "init": "gaussian",
     "dtype": "bfloat16",
+    "variant": "dora",
 }
 
 
@@ -150,7 +151,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"scaling": "rs-lora"}, "scaling='rs-lora' is unknown; choose 'rslora'"),
     ({"mixer": "gralora"}, "mixer='gralora' is unknown; choose 'identity' or 'all' or 'shuffle' or 'scatter'"),
     ({"strategy": "pack"}, "strategy='pack' is unknown; choose 'packed'"),
-    ({"init": "zeros"}, "init='zeros' is unknown; choose 'kaiming' or 'gaussian'"),
+    ({"init": "zeros"}, "init='zeros' is unknown; choose 'kaiming' or 'gaussian' or 'orthogonal' or 'pissa'"),
     ({"dtype": "float23"}, "dtype='float23' is unknown; choose 'float32'"),
     (
         {"mixer": "all", "n": 2, "r": [1, 2]},

@@ -83,6 +83,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "roberta",
         {"r": 2, "scaling": "total", "targets": ["word_embeddings", "query"], "n_pattern": {"word_embeddings": 1}},
     ),
+    "all biases": ("roberta", {"r": 2, "targets": QV, "bias": "all"}),
+    "biases of adapted layers": ("roberta", {"r": 2, "targets": QV, "bias": "lora_only"}),
+    "DoRA": ("roberta", {"n": 1, "r": 2, "targets": QV, "variant": "dora"}),
+    "DoRA of minis": ("roberta", {"r": [1, 2, 4], "alpha": [3, 7, 16], "targets": QV, "variant": "dora"}),
+    "AdaLoRA": ("roberta", {"r": 2, "targets": QV, "variant": "adalora"}),
+    "PiSSA": ("roberta", {"r": [1, 2, 3], "targets": QV, "init": "pissa"}),
     "BERT, its pooler beside": ("bert", {"r": [1, 2, 1], "targets": QV, "modules_to_save": ["pooler", "classifier"]}),
     "DistilBERT": ("distilbert", {"targets": ["q_lin", "v_lin"], "modules_to_save": ["pre_classifier", "classifier"]}),
 }

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.constructors import PrimitiveConstructorSpec
 
-Method = Literal["melora", "lora", "rslora", "lora+", "gralora", "bitfit", "head", "full"]
+Method = Literal["melora", "lora", "rslora", "lora+", "dora", "adalora", "gralora", "bitfit", "head", "full"]
 
 _PLAIN_NAME = re.compile(r"[\w./-]+")
 
@@ -98,5 +98,26 @@ class AdapterConfig:
     """Suffixes of modules trained whole beside the adapters, such as the head."""
     bias: Literal["none", "all", "lora_only"] | None = None
     """Biases of the base that are trained too: lora_only are those of adapted layers. By default none."""
-    init: Literal["kaiming", "gaussian"] | None = None
-    """Start of A; B starts at zero. By default kaiming."""
+    init: Literal["kaiming", "gaussian", "orthogonal", "pissa"] | None = None
+    """Start: kaiming and gaussian of A alone, orthogonal with A*B = 0, pissa at the kernel's principal part. By default
+    kaiming."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaLoRAConfig:
+    """How method=adalora allocates ranks; adapter.r is the rank at the start. None takes the default."""
+
+    target_r: int | None = None
+    """Mean rank of a mini-adapter at the end; by default half of adapter.r, rounded up."""
+    tinit: int | None = None
+    """Steps at the start in which all ranks stay; by default a tenth of all."""
+    tfinal: int | None = None
+    """Steps at the end in which the chosen ranks stay; by default three tenths of all."""
+    delta_t: int | None = None
+    """Steps from one choice to the next; by default 10, or the length of the phase that chooses if that is less."""
+    beta1: float | None = None
+    """Decay of the smoothed sensitivity; by default 0.85."""
+    beta2: float | None = None
+    """Decay of its uncertainty; by default 0.85."""
+    orthogonality: float | None = None
+    """Weight in the loss of the factors' distance from orthogonal ones; by default 0.5."""

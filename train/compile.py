@@ -15,6 +15,7 @@ from jax.stages import Lowered
 
 from melora_jax import TrainState, batch_sharding, make_train_step
 from train.experiment import Experiment
+from train.methods import penalty
 from train.step import Batch, make_eval_step, make_loss
 
 _AT_ONCE = 4  # compilations in parallel; each takes about a core and some hundred MB
@@ -31,7 +32,8 @@ class Steps:
 def compile_steps(experiment: Experiment, state: TrainState, frozen: nnx.State, key: jax.Array) -> Steps:
     """The training step for each width of the plan, the evaluation step for each width of the held-out rows."""
     measure, mesh, parts = experiment.measure, experiment.mesh, experiment.config.train.accumulate
-    step = make_train_step(experiment.model, experiment.tx, make_loss(measure), accumulate=parts, mesh=mesh)
+    loss = make_loss(measure, penalty(experiment.config))
+    step = make_train_step(experiment.model, experiment.tx, loss, accumulate=parts, mesh=mesh)
     eval_step = make_eval_step(experiment.model, measure, mesh)
     return compile_widths(
         experiment,

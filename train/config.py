@@ -13,7 +13,7 @@ import tyro
 
 from melora_jax import MELoRAConfig
 from train.glue import glue_task
-from train.methods import melora_config
+from train.methods import check_adalora, melora_config
 from train.metrics import metric_names
 from train.recipe import check_options, read_recipe
 from train.sections import OutputConfig, Sections
@@ -102,6 +102,7 @@ class RunConfig(Sections):
             if value is not None and not least <= value < bound:
                 low = "above 0" if least == _LEAST_POSITIVE else f"at least {least}"
                 yield f"{key}={value!r} must be {low} and " + ("finite" if bound == math.inf else f"below {bound}")
+        yield from check_adalora(self)
         yield from self._data_problems()
         yield from self._train_problems()
         yield from self._device_problems()

@@ -17,7 +17,7 @@ from train.config import RunConfig
 from train.feed import Feed, make_feed
 from train.hosts import require_equal
 from train.material import Material, read_material
-from train.methods import with_method
+from train.methods import rank_budget, with_method
 from train.sections import OptimConfig
 from train.step import Measurer, measurer
 
@@ -112,7 +112,9 @@ def prepare(config: RunConfig, beside: Experiment | None = None) -> Experiment:
         mj.warm_start(model, config.train.warm_start)
     if config.model.stack_layers:
         material = dataclasses.replace(material, notes=(*material.notes, str(mj.stack_layers(model))))
-    schedule, tx = make_tx(model, with_method(config.optim, config.adapter), _total_steps(config, material))
+    total = _total_steps(config, material)
+    optim, budget = with_method(config.optim, config.adapter), rank_budget(config, total)
+    schedule, tx = make_tx(model, optim, total, budget)
     measure = measurer(config.model.task, config.instruction.chunk)
     return Experiment(config, material, measure, model, adaptation, schedule, tx, mesh, make_feed(mesh))
 
@@ -170,7 +172,9 @@ def _total_steps(config: RunConfig, material: Material) -> int:
     return min(steps, config.train.max_steps or steps)
 
 
-def make_tx(model: nnx.Module, optim: OptimConfig, total: int) -> tuple[optax.Schedule, optax.GradientTransformation]:
+def make_tx(
+    model: nnx.Module, optim: OptimConfig, total: int, budget: mj.RankBudget | None = None
+) -> tuple[optax.Schedule, optax.GradientTransformation]:
     """The learning rate by step, and the optimizer, of a run of `total` steps; numbers in `optim` may be traced."""
 
     def schedule(peak: float | None) -> optax.Schedule | None:
@@ -187,6 +191,7 @@ def make_tx(model: nnx.Module, optim: OptimConfig, total: int) -> tuple[optax.Sc
         b2=optim.beta2,
         eps=optim.epsilon,
         clip_norm=optim.clip_norm,
+        rank_budget=budget,
     )
     return main, tx
 

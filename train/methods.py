@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import melora_jax as mj
 from train.adapter_section import AdapterConfig, Method
-from train.sections import OptimConfig
+from train.sections import OptimConfig, Sections
 
 TARGETS = ("query", "value")
 LORA_PLUS_RATIO = 16.0  # of B's learning rate to A's, as LoRA+ (arXiv 2402.12354, section 5) advises
@@ -42,6 +43,8 @@ PRESETS: dict[Method, Preset] = {
     "lora": Preset("LoRA", _ONE | {"scaling": "mini"}, _RANK),
     "rslora": Preset("rsLoRA", _ONE | {"scaling": "rslora"}, _RANK),
     "lora+": Preset("LoRA+", _ONE | {"scaling": "mini"}, _RANK, b_ratio=LORA_PLUS_RATIO),
+    "dora": Preset("DoRA", {"variant": "dora"}, _RANK | {"n": 1}),
+    "adalora": Preset("AdaLoRA", {"variant": "adalora"}, _RANK | {"n": 1}),
     "gralora": Preset("GraLoRA", {"mixer": "shuffle"}, _RANK | {"n": 2}),
     "bitfit": Preset("BitFit", {"targets": (), "bias": "all"}, adapted=False),
     "head": Preset("head only", {"targets": (), "bias": "none"}, adapted=False),
@@ -109,6 +112,49 @@ def with_method(optim: OptimConfig, section: AdapterConfig) -> OptimConfig:
     if ratio is None or optim.b_learning_rate is not None:
         return optim
     return dataclasses.replace(optim, b_learning_rate=ratio * optim.learning_rate)
+
+
+def rank_budget(config: Sections, total_steps: int) -> mj.RankBudget | None:
+    """The budget of AdaLoRA's ranks over a run; None for other methods.
+
+    Raises:
+      ValueError: values that do not fit together, naming the section.
+    """
+    if config.adapter.method != "adalora":
+        return None
+    own, r = config.adalora, melora_config(config.adapter).r
+    tinit = total_steps // 10 if own.tinit is None else own.tinit
+    tfinal = 3 * total_steps // 10 if own.tfinal is None else own.tfinal
+    target = own.target_r if own.target_r is not None or not isinstance(r, int) else (r + 1) // 2
+    try:
+        return mj.RankBudget(
+            target_r=r[0] if target is None else target,
+            total_step=total_steps,
+            tinit=tinit,
+            tfinal=tfinal,
+            delta_t=max(1, min(10, total_steps - tfinal - tinit)) if own.delta_t is None else own.delta_t,
+            **{name: getattr(own, name) for name in ("beta1", "beta2") if getattr(own, name) is not None},
+        )
+    except ValueError as error:
+        raise ValueError(f"[adalora] {error}") from None
+
+
+def check_adalora(config: Sections) -> Iterator[str]:
+    """What of the section [adalora] contradicts the rest, one problem at a time."""
+    given = {key: value for key, value in vars(config.adalora).items() if value is not None}
+    if given and config.adapter.method != "adalora":
+        key, value = next(iter(given.items()))
+        yield f"adalora.{key}={value!r} belongs to adapter.method=adalora, not {config.adapter.method}; unset one of them"
+    if config.adalora.orthogonality is not None and not 0 <= config.adalora.orthogonality < math.inf:
+        yield f"adalora.orthogonality={config.adalora.orthogonality!r} must be a finite number of at least 0"
+
+
+def penalty(config: Sections) -> Callable[[Any], Any] | None:
+    """What the method adds to the loss, a function of the model; None for most."""
+    if config.adapter.method != "adalora":
+        return None
+    weight = 0.5 if config.adalora.orthogonality is None else config.adalora.orthogonality
+    return (lambda model: weight * mj.orthogonality(model)) if weight else None
 
 
 def method_name(method: str) -> str | None:

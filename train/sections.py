@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from train.adapter_section import AdapterConfig
+from train.adapter_section import AdaLoRAConfig, AdapterConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +187,7 @@ class Sections:
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
+    adalora: AdaLoRAConfig = dataclasses.field(default_factory=AdaLoRAConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     instruction: InstructionConfig = dataclasses.field(default_factory=InstructionConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)

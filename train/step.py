@@ -61,13 +61,16 @@ def measurer(task: str, chunk: int) -> Measurer:
     return measures[task]
 
 
-def make_loss(measure: Measurer) -> Callable[[Any, Batch], tuple[jax.Array, Batch]]:
-    """The mean loss, as `melora_jax.make_train_step` takes it."""
+def make_loss(
+    measure: Measurer, penalty: Callable[[Any], jax.Array] | None = None
+) -> Callable[[Any, Batch], tuple[jax.Array, Batch]]:
+    """The mean loss, and what a method adds to it, as `melora_jax.make_train_step` takes it."""
 
     def loss(model: Any, batch: Batch) -> tuple[jax.Array, Batch]:
         total, weight, _ = measure(model, batch)
         # A micro-batch may be padding alone; its mean is then 0, at weight 0.
-        return total / jnp.maximum(weight, 1.0), {"weight": weight}
+        mean = total / jnp.maximum(weight, 1.0)
+        return (mean if penalty is None else mean + penalty(model)), {"weight": weight}
 
     return loss
 

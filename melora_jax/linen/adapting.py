@@ -13,7 +13,7 @@ from flax.core import meta
 from melora_jax.adaptation import Adaptation, Site
 from melora_jax.blocks import choose_strategy
 from melora_jax.checks import check_sizes
-from melora_jax.config import MELoRAConfig, require_frozen_base
+from melora_jax.config import MELoRAConfig, require_factors_alone
 from melora_jax.linen.adapted import AdaptedModule
 from melora_jax.linen.calls import called_modules
 from melora_jax.linen.site import LinenSite
@@ -55,7 +55,7 @@ def adapt(
     >>> adapted.apply({**variables, "melora": melora}, x).shape
     (1, 4)
     """
-    require_frozen_base(config, "melora_jax.linen")
+    require_factors_alone(config, "melora_jax.linen")
     if "params" not in variables:
         raise ValueError(f"variables holds {sorted(variables)} and no 'params'; pass {{'params': params}}")
     called = called_modules(module, variables, args, {"rngs": {"params": key}, **kwargs})

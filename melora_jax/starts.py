@@ -1,0 +1,89 @@
+"""Start values of both factors: orthogonal ones whose product is zero, and the principal part of a kernel (PiSSA).
+
+PiSSA starts A_0·B_0 at the principal part of the kernel and lets the base keep the rest, W - s·A_0·B_0. The same
+function, with the same gradients, is the untouched base plus the difference s·(A·B - A_0·B_0), so that is what is
+computed here: the base stays as it is bit for bit, which may be tied, shared or unwrapped, and the difference is a LoRA
+of twice the rank, which every program reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from melora_jax.config import AdapterSpec
+
+
+def from_kernel(function: Callable[[Array], Any], kernel: Any) -> Any:
+    """What `function` makes of a kernel: of an abstract one, shapes and dtypes alone."""
+    return jax.eval_shape(function, kernel) if isinstance(kernel, jax.ShapeDtypeStruct) else function(kernel)
+
+
+def orthogonal_factors(
+    key: Array, i: int, o: int, spec: AdapterSpec
+) -> tuple[Float[Array, "n i r"], Float[Array, "n r o"]]:
+    """A and B of every mini with A_k·B_k = 0 to rounding: they use the odd and the even rows of one orthogonal matrix.
+
+        A_k = X·Q_odd / 10,  B_k = Q_evenᵀ·Y / 10        X [i r/2], Y [r/2 o] Gaussian, Q [r r] orthogonal
+
+    Source: PEFT's `init_lora_weights="orthogonal"`, mini by mini.
+    """
+    r = spec.r[0]
+
+    def one(key: Array) -> tuple[Array, Array]:
+        keys = jax.random.split(key, 3)
+        q, _ = jnp.linalg.qr(jax.random.normal(keys[0], (r, r)))
+        a = jax.random.normal(keys[1], (i, r // 2)) @ q[0::2] / 10
+        return a, q[1::2].T @ jax.random.normal(keys[2], (r // 2, o)) / 10
+
+    return jax.vmap(one)(jax.random.split(key, spec.n))
+
+
+def principal_factors(
+    kernel: Float[Array, "d_in d_out"], spec: AdapterSpec
+) -> tuple[Float[Array, "n i r"], Float[Array, "n r o"]]:
+    """A and B with s_k·A_k·B_k = the best rank-r_k approximation of the k-th diagonal block, float32.
+
+        A_k = U_r·sqrt(Σ_r / s_k),  B_k = sqrt(Σ_r / s_k)·V_rᵀ        of  W_kk = U·Σ·Vᵀ
+
+    Source: PiSSA (arXiv 2404.02948, section 3), for n=1.
+
+    Raises:
+      ValueError: a rank above the smaller side of a block.
+    """
+    n, widest = spec.n, max(spec.r)
+    i, o = kernel.shape[0] // n, kernel.shape[1] // n
+    if widest > min(i, o):
+        raise ValueError(f"init='pissa' finds {min(i, o)} directions in a block [{i}, {o}], not r={widest}; lower r")
+    each = np.arange(n)
+    diagonal = kernel.astype(jnp.float32).reshape(n, i, n, o)[each, :, each]
+    u, values, vt = jnp.linalg.svd(diagonal, full_matrices=False)
+    scales = np.array(spec.scales, np.float32)[:, None]
+    used = np.arange(widest) < np.array(spec.r)[:, None]
+    root = jnp.sqrt(values[:, :widest] / scales) * used
+    return u[:, :, :widest] * root[:, None, :], root[:, :, None] * vt[:, :widest]
+
+
+def difference_spec(spec: AdapterSpec) -> AdapterSpec:
+    """The plain adapter of twice the ranks, at the same scales, that `difference` gives the factors of.
+
+    >>> difference_spec(AdapterSpec(n=1, r=(3,), alpha=(6.0,), init="pissa")).scales
+    (2.0,)
+    """
+    alpha = tuple(scale * 2 * r for scale, r in zip(spec.scales, spec.r, strict=True))
+    return dataclasses.replace(spec, r=tuple(2 * r for r in spec.r), alpha=alpha, scaling="mini", init="kaiming")
+
+
+def difference(
+    a: Float[Array, "n i r"], b: Float[Array, "n r o"], a_start: Float[Array, "n i r"], b_start: Float[Array, "n r o"]
+) -> tuple[Float[Array, "n i 2r"], Float[Array, "n 2r o"]]:
+    """Factors of A·B - A_0·B_0, mini by mini: each latent beside its start, so that padding stays last."""
+    n, i, r = a.shape
+    wide = jnp.stack([a, a_start], -1).reshape(n, i, 2 * r)
+    return wide, jnp.stack([b, -b_start], 2).reshape(n, 2 * r, b.shape[2])
