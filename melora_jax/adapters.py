@@ -116,7 +116,9 @@ def warm_start(model: nnx.Module, folder: str | Path) -> Adaptation:
     tree = read_adapter(folder)
     require_same_factors(model, tree, folder)
     for path, layer in adapters_of(model).items():
-        for variable, start in ((layer.a, tree.sites[path].a), (layer.b, tree.sites[path].b)):
+        site = tree.sites[path]
+        for name, start in {"a": site.a, "b": site.b, **site.extras}.items():
+            variable = getattr(layer, name)
             variable.set_value(put(jnp.asarray(start, jnp.float32), variable.get_value().sharding))
     return describe(model)
 

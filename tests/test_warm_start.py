@@ -38,6 +38,8 @@ def test_the_factors_are_taken_and_the_head_is_not(tmp_path: Path) -> None:
     [
         ({"r": 2}, "at layer/0/query their r is (1, 1), here it is (2, 2)"),
         ({"n": 1}, "at layer/0/query their n is 2, here it is 1"),
+        ({"variant": "dora"}, "their variant is plain, here it is dora"),
+        ({"init": "pissa"}, "their init is 'kaiming', here it is 'pissa', and PiSSA's are differences from its start"),
         ({"alpha": 3}, "their scales is (16.0, 16.0), here it is (3.0, 3.0)"),
         ({"targets": ["query"]}, "the adapter has layer/0/value and the model has not"),
         ({"targets": ["query", "value", "out"]}, "the model has layer/0/out and the adapter has not"),
@@ -75,6 +77,14 @@ def test_a_run_starts_from_an_adapter(tmp_path: Path) -> None:
         assert np.any(cold[path] != factor)
     assert main(["run", str(recipe), *options, "--adapter.r", "2"]) == 2
     assert not (tmp_path / "warm").exists()
+
+
+@pytest.mark.parametrize("settings", [{"variant": "dora"}, {"init": "pissa"}])
+def test_what_an_adapter_has_beside_its_factors_comes_along(tmp_path: Path, settings: dict[str, Any]) -> None:
+    source, model = tiny.adapted(**settings), tiny.Encoder()
+    mj.adapt(model, tiny.config(**settings), rngs=nnx.Rngs(9))
+    mj.warm_start(model, mj.save_adapter(source, tmp_path / "mnli"))
+    tiny.assert_equal(tiny.arrays(model, mj.MELoRAParam), tiny.arrays(source, mj.MELoRAParam))
 
 
 def test_a_model_without_adapters_has_nothing_to_start(tmp_path: Path) -> None:
