@@ -97,14 +97,14 @@ def _sorted(tensors: Mapping[str, np.ndarray], file: Path) -> tuple[dict[str, _S
     others: dict[str, np.ndarray] = {}
     magnitudes: dict[str, np.ndarray] = {}
     for key, value in tensors.items():
-        found = _FACTOR.fullmatch(key)
         if norms := _MAGNITUDE.fullmatch(key):
             magnitudes[norms["site"].replace(".", "/")] = value
-        elif found is None:
-            # with bias="all" PEFT writes a saved module's bias twice more, once as it was before training
-            if ".original_module." not in key:
-                others[re.sub(r"\.modules_to_save(\.default)?(?=\.)", "", key)] = value
+            continue
+        if ".original_module." in key:
+            continue  # with bias="all" PEFT writes a saved module's bias as it was before training too
+        found = _FACTOR.fullmatch(key)
         if found is None:
+            others[re.sub(r"\.modules_to_save(\.default)?(?=\.)", "", key)] = value
             continue
         path, mini = found["site"].replace(".", "/"), found["mini"] or ""
         side = (found["side"], "" if mini == "default" else mini)

@@ -28,7 +28,7 @@ class PiSSADense(MELoRADense):
 
     Source: PiSSA (arXiv 2404.02948), section 3.
 
-    Args and Raises: as `MELoRADense`; a quantised layer, a mesh, or a rank above a block's smaller side are refused too.
+    Args and Raises: as `MELoRADense`; a quantised layer, a mesh, or a rank above a block's smaller side is refused.
 
     >>> layer = PiSSADense(8, 12, n=4, r=2, init="pissa", rngs=nnx.Rngs(0))
     >>> layer.a_start.shape, layer.packed_factors()[0].shape

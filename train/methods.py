@@ -128,7 +128,7 @@ def check_adalora(config: Sections) -> Iterator[str]:
     given = {key: value for key, value in vars(config.adalora).items() if value is not None}
     if given and config.adapter.method != "adalora":
         key, value = next(iter(given.items()))
-        yield f"adalora.{key}={value!r} belongs to adapter.method=adalora, not {config.adapter.method}; unset one of them"
+        yield f"adalora.{key}={value!r} belongs to adapter.method=adalora, not {config.adapter.method}; unset it"
     if config.adalora.orthogonality is not None and not 0 <= config.adalora.orthogonality < math.inf:
         yield f"adalora.orthogonality={config.adalora.orthogonality!r} must be a finite number of at least 0"
 
