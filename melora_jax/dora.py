@@ -44,7 +44,8 @@ class DoRADense(MELoRADense):
     def __init__(self, d_in: int, d_out: int, **settings: Any) -> None:
         super().__init__(d_in, d_out, **settings)
         view = self.checked(self.base, self.spec, self.path or type(self).__name__)
-        kernel = getattr(self.base, view.kernel_name)[...]
+        quantized = isinstance(self.base, QuantizedLinear)
+        kernel = self.base.kernel if quantized else self.kernel_variable.get_raw_value()
         self.magnitude = MELoRAParam(from_kernel(lambda kernel: _norms(view.flatten_kernel(kernel)), kernel))
 
     @classmethod

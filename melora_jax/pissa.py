@@ -47,7 +47,7 @@ class PiSSADense(MELoRADense):
         return view
 
     def _start(self, key: jax.Array, d_in: int, d_out: int) -> tuple[jax.Array, jax.Array]:
-        view, kernel = self.view, getattr(self.base, self.view.kernel_name)[...]
+        view, kernel = self.view, self.kernel_variable.get_raw_value()
         try:
             start = from_kernel(lambda kernel: principal_factors(view.flatten_kernel(kernel), self.spec), kernel)
         except ValueError as error:
