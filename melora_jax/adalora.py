@@ -1,4 +1,4 @@
-"""`AdaLoRADense`: latents with a factor each, which a `RankBudget` sets to zero by importance; and the penalty on it."""
+"""`AdaLoRADense`: latents with a factor each, which a `RankBudget` sets to zero by importance; and its penalty."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class AdaLoRADense(MELoRADense):
         y = x·W + bias + concat_k( s_k · drop(x_k)·A_k·diag(e_k)·B_k ),    s_k = alpha_k / r_k
 
     `e` `[n r]` starts at zero, A and B Gaussian with deviation 0.02. `orthogonality` keeps A and B near orthogonal, a
-    `RankBudget` in `make_optimizer` sets the entries of e to zero that matter least. r is the rank at the start. For n=1
-    it is PEFT's AdaLoRA, but for the 1e-5 that PEFT adds to r in the scale.
+    `RankBudget` in `make_optimizer` sets the entries of e to zero that matter least. r is the rank at the start. For
+    n=1 it is PEFT's AdaLoRA, but for the 1e-5 that PEFT adds to r in the scale.
 
     Source: AdaLoRA (arXiv 2303.10512), section 3.1.
 

@@ -100,7 +100,7 @@ class AdapterSpec:
         return tuple(alpha / (divisor or r) for alpha, r in zip(self.alpha, self.r, strict=True))
 
     def parameters(self, d_in: int, d_out: int) -> int:
-        """Σ r_k·(d_in/n + d_out/n), the trainable parameters of one site; d_out more for `dora`, Σ r_k for `adalora`."""
+        """Σ r_k·(d_in/n + d_out/n), the trainable parameters of a site; `dora` has d_out more, `adalora` Σ r_k."""
         more = {"plain": 0, "dora": d_out, "adalora": self.latents}[self.variant]
         return self.latents * (d_in // self.n + d_out // self.n) + more
 

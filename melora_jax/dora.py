@@ -26,8 +26,8 @@ class DoRADense(MELoRADense):
         y = x·(W + ΔW)·diag(g) + bias,    g = m / ‖W + ΔW‖ over d_in,    ΔW = blockdiag( s_k·A_k·B_k )
 
     m `[d_out]` starts at ‖W‖, so that g = 1. The norm is taken as a constant in the backward pass (section 4.3 of the
-    paper, as in PEFT). Dropout is of the adapter's input alone; PEFT drops also what (g - 1) multiplies, so with dropout
-    above 0 the two differ. For n=1 it is PEFT's `use_dora`.
+    paper, as in PEFT). Dropout is of the adapter's input alone; PEFT drops also what (g - 1) multiplies, so with
+    dropout above 0 the two differ. For n=1 it is PEFT's `use_dora`.
 
     Source: DoRA (arXiv 2402.09353), equation 5.
 
@@ -44,7 +44,8 @@ class DoRADense(MELoRADense):
     def __init__(self, d_in: int, d_out: int, **settings: Any) -> None:
         super().__init__(d_in, d_out, **settings)
         view = self.checked(self.base, self.spec, self.path or type(self).__name__)
-        kernel = getattr(self.base, view.kernel_name)[...]
+        quantized = isinstance(self.base, QuantizedLinear)
+        kernel = self.base.kernel if quantized else self.kernel_variable.get_raw_value()
         self.magnitude = MELoRAParam(from_kernel(lambda kernel: _norms(view.flatten_kernel(kernel)), kernel))
 
     @classmethod
@@ -71,7 +72,7 @@ class DoRADense(MELoRADense):
         # so that the output is the base's own where g is 1
         return y + (gain - 1).astype(y.dtype) * (y - bias) + gain.astype(y.dtype) * update
 
-    def gain(self) -> Float[Array, "d_out"]:
+    def gain(self) -> Float[Array, " d_out"]:
         """g = m / ‖W + ΔW‖, float32; gradients reach m alone."""
         return self.magnitude[...] / jax.lax.stop_gradient(_norms(self._direction()))
 
@@ -81,7 +82,7 @@ class DoRADense(MELoRADense):
         return self.view.flatten_kernel(kernel).astype(jnp.float32) + super().delta()
 
     def delta(self) -> jax.Array:
-        """What training changed, (W + ΔW)·diag(g) - W, as a flat `[d_in, d_out]` array in float32. It has no low rank."""
+        """What training changed, (W + ΔW)·diag(g) - W, as a flat `[d_in, d_out]` array in float32; of no low rank."""
         kernel = getattr(self.base, self.view.kernel_name)[...]
         return self._direction() * self.gain() - self.view.flatten_kernel(kernel).astype(jnp.float32)
 
@@ -91,6 +92,6 @@ class DoRADense(MELoRADense):
         return self.view.unflatten_kernel(self._direction() * self.gain(), kernel.shape).astype(kernel.dtype)
 
 
-def _norms(kernel: Float[Array, "d_in d_out"]) -> Float[Array, "d_out"]:
+def _norms(kernel: Float[Array, "d_in d_out"]) -> Float[Array, " d_out"]:
     """The norm of each output's weights, float32."""
     return jnp.linalg.norm(kernel.astype(jnp.float32), axis=0)

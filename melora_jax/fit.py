@@ -57,7 +57,7 @@ def require_same_factors(model: nnx.Module, tree: AdapterTree, folder: str | Pat
 
 
 def beside_factors(model: nnx.Module) -> dict[str, nnx.Variable]:
-    """The variables that are trained beside the factors: of saved modules and of the base, by their path in the host."""
+    """What is trained beside the factors, of saved modules and of the base, by their path in the host."""
     sites = tuple(f"{path}/" for path in adapters_of(model))
     found = {path_of(path): variable for path, variable in nnx.to_flat_state(nnx.state(model, _is_beside))}
     return {_path_in_host(path, sites): variable for path, variable in found.items()}

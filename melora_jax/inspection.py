@@ -7,6 +7,7 @@ from pathlib import Path
 
 from melora_jax.adapter_tree import AdapterTree
 from melora_jax.interchange import TENSOR_FILE, read_adapter
+from melora_jax.linear import plain_site
 from melora_jax.peft_config import PEFT_CONFIG
 from melora_jax.peft_export import PEFT_TENSORS
 from melora_jax.peft_import import read_peft
@@ -119,7 +120,7 @@ def inspect_adapter(folder: str | Path) -> Inspection:
 
 def _summary(path: str, tree: AdapterTree) -> SiteSummary:
     site = tree.sites[path]
-    values = singular_values(*plain_factors(site))
+    values = singular_values(*plain_factors(plain_site(site)))  # of DoRA before its normalisation
     norm = float((values**2).sum() ** 0.5)
     rank, effective = numerical_rank(values), effective_rank(values)
     largest = float(values.max(initial=0.0))
@@ -128,7 +129,7 @@ def _summary(path: str, tree: AdapterTree) -> SiteSummary:
 
 def _served(folder: Path, tree: AdapterTree) -> tuple[str, tuple[Reader, ...]]:
     if (folder / TENSOR_FILE).is_file():
-        rank = max((site.spec.rank for site in tree.sites.values()), default=0)
+        rank = max((plain_site(site).spec.rank for site in tree.sites.values()), default=0)
         note = f"export it first: as plain LoRA of rank {rank}, {rank_note(rank)}" if rank else "it is a head alone"
         others = Reader("PEFT, vLLM, SGLang, llama.cpp", False, note)
         return "melora_jax's own format", (Reader("melora_jax", True, "by load_adapter"), others)

@@ -235,7 +235,7 @@ def freeze(variable: nnx.Variable) -> nnx.Variable:
 
 def trained(variable: nnx.Variable) -> nnx.Variable:
     """The same value as a `BaseParam` in float32, which remembers the type and dtype it had."""
-    value = variable[...]
+    value = variable.get_raw_value()
     metadata = variable.get_metadata() | {"thawed": type(variable), "thawed_dtype": value.dtype}
     return BaseParam.from_metadata(in_float32(value), metadata)
 

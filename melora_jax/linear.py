@@ -1,4 +1,4 @@
-"""Adapters of other kinds as the plain MELoRA that they compute, in arrays: AdaLoRA and PiSSA exactly, DoRA not at all."""
+"""Adapters of other kinds as the plain MELoRA that they compute, in arrays: AdaLoRA and PiSSA; DoRA has none."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def plain_site(site: SiteFactors) -> SiteFactors:
 
 
 def _survivors(site: SiteFactors) -> SiteFactors:
-    """The latents whose factor is not zero, which is multiplied into A; a mini that has none left keeps one of zeros."""
+    """The latents whose factor is not zero, it multiplied into A; a mini that has none left keeps one of zeros."""
     e, old = site.extras["e"], site.spec
     kept = [np.flatnonzero(row) if row.any() else np.array([0]) for row in e]
     r = tuple(len(latents) for latents in kept)

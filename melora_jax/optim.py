@@ -31,8 +31,8 @@ Metrics = dict[str, jax.Array]
 def labels_of(model: nnx.Module) -> Callable[[Any], Any]:
     """A function from any tree of the model's variables to the same tree of labels.
 
-    "b" are factors B, "a" all else of adapters, "base" is what is trained of the base, "head" every other `nnx.Param`, "frozen"
-    all the rest.
+    "b" are factors B, "a" all else of adapters, "base" is what is trained of the base, "head" every other `nnx.Param`,
+    "frozen" all the rest.
 
     >>> from melora_jax.layers import MELoRADense
     >>> layer = MELoRADense(4, 6, n=2, rngs=nnx.Rngs(0))

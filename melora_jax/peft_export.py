@@ -62,8 +62,8 @@ def write_peft(
 
     Minis of `identity` and `shuffle` become factors of rank Σ r_k, those of `all` of rank r; narrower sites are padded
     with zeros. One scale shared by all is `lora_alpha / r`; else the scales go into B and `lora_alpha` equals `r`.
-    With `"bdlora"` the blocks of A are stored without the zeros between them. AdaLoRA is written with the latents that it
-    has left, PiSSA as the difference from its start, at twice the rank, and DoRA as PEFT's `use_dora`.
+    With `"bdlora"` the blocks of A are stored without the zeros between them. AdaLoRA is written with the latents that
+    it has left, PiSSA as the difference from its start, at twice the rank, and DoRA as PEFT's `use_dora`.
 
     Args:
       tree: the adapter.

@@ -97,14 +97,14 @@ def _sorted(tensors: Mapping[str, np.ndarray], file: Path) -> tuple[dict[str, _S
     others: dict[str, np.ndarray] = {}
     magnitudes: dict[str, np.ndarray] = {}
     for key, value in tensors.items():
-        found = _FACTOR.fullmatch(key)
         if norms := _MAGNITUDE.fullmatch(key):
             magnitudes[norms["site"].replace(".", "/")] = value
-        elif found is None:
-            # with bias="all" PEFT writes a saved module's bias twice more, once as it was before training
-            if ".original_module." not in key:
-                others[re.sub(r"\.modules_to_save(\.default)?(?=\.)", "", key)] = value
+            continue
+        if ".original_module." in key:
+            continue  # with bias="all" PEFT writes a saved module's bias as it was before training too
+        found = _FACTOR.fullmatch(key)
         if found is None:
+            others[re.sub(r"\.modules_to_save(\.default)?(?=\.)", "", key)] = value
             continue
         path, mini = found["site"].replace(".", "/"), found["mini"] or ""
         side = (found["side"], "" if mini == "default" else mini)
@@ -118,7 +118,9 @@ def _sorted(tensors: Mapping[str, np.ndarray], file: Path) -> tuple[dict[str, _S
         raise ValueError(f"{file} holds no lora_A and lora_B; it is not an adapter of LoRA's kind")
     for path, magnitude in magnitudes.items():
         if path not in sites:
-            raise ValueError(f"{file} holds norms of {path}, and no lora_A and lora_B beside them")
+            raise ValueError(
+                f"{file} holds norms of {path}, and no lora_A and lora_B beside them; save the adapter again"
+            )
         sites[path].magnitude = magnitude.reshape(-1)
     return sites, others
 
@@ -127,11 +129,16 @@ def _extras(path: str, site: _Site, lora_b: np.ndarray, settings: PeftSettings, 
     """DoRA's norms, there if and only if the config says so."""
     if (site.magnitude is not None) != settings.dora:
         there = "no" if site.magnitude is None else "a"
-        raise ValueError(f"{file} has {there} lora_magnitude_vector of {path}, and use_dora is {settings.dora}")
+        raise ValueError(
+            f"{file} has {there} lora_magnitude_vector of {path}, and adapter_config.json says "
+            f"use_dora={settings.dora}; save the adapter again"
+        )
     if site.magnitude is None:
         return {}
     if len(site.magnitude) != len(lora_b):
-        raise ValueError(f"{file} has {len(site.magnitude)} norms of {path} for its {len(lora_b)} outputs")
+        raise ValueError(
+            f"{file} has {len(site.magnitude)} norms of {path} for its {len(lora_b)} outputs; save the adapter again"
+        )
     return {"magnitude": np.ascontiguousarray(site.magnitude)}
 
 

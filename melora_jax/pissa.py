@@ -28,7 +28,7 @@ class PiSSADense(MELoRADense):
 
     Source: PiSSA (arXiv 2404.02948), section 3.
 
-    Args and Raises: as `MELoRADense`; a quantised layer, a mesh, or a rank above a block's smaller side are refused too.
+    Args and Raises: as `MELoRADense`; a quantised layer, a mesh, or a rank above a block's smaller side is refused.
 
     >>> layer = PiSSADense(8, 12, n=4, r=2, init="pissa", rngs=nnx.Rngs(0))
     >>> layer.a_start.shape, layer.packed_factors()[0].shape
@@ -47,7 +47,7 @@ class PiSSADense(MELoRADense):
         return view
 
     def _start(self, key: jax.Array, d_in: int, d_out: int) -> tuple[jax.Array, jax.Array]:
-        view, kernel = self.view, getattr(self.base, self.view.kernel_name)[...]
+        view, kernel = self.view, self.kernel_variable.get_raw_value()
         try:
             start = from_kernel(lambda kernel: principal_factors(view.flatten_kernel(kernel), self.spec), kernel)
         except ValueError as error:

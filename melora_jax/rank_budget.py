@@ -1,12 +1,12 @@
-"""AdaLoRA's allocation of ranks, as an optax transformation: it lives inside the jitted step, its state in a checkpoint.
+"""AdaLoRA's allocation of ranks, an optax transformation: it lives inside the jitted step, its state in a checkpoint.
 
     sensitivity   I = |w·∂L/∂w|          of each entry of A, e and B
     smoothed      Ī = β1·Ī + (1 - β1)·I,    Ū = β2·Ū + (1 - β2)·|I - Ī|
     of a latent   S = Ī·Ū of e  +  mean over its column of A of Ī·Ū  +  mean over its row of B of Ī·Ū
     budget        target + (start - target)·(1 - (t - tinit) / (total - tfinal - tinit))³
 
-Every `delta_t` steps, of all latents of the model those of the largest S that the budget allows stay; e of the others is
-set to zero, from where it may grow again, until step total - tfinal, whose choice is the last.
+Every `delta_t` steps, of all latents of the model those of the largest S that the budget allows stay; e of the others
+is set to zero, from where it may grow again, until step total - tfinal, whose choice is the last.
 
 Source: AdaLoRA (arXiv 2303.10512), section 3, in the form of PEFT's `RankAllocator`.
 """

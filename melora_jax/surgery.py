@@ -97,7 +97,7 @@ def _warn_of_rank(adaptation: Adaptation) -> None:
 
 def _place_factors(layer: MELoRADense) -> None:
     """Puts fresh factors on the mesh that the base's kernel lies on."""
-    sharding = factor_sharding(layer.kernel_variable[...], layer.spec)
+    sharding = factor_sharding(layer.kernel_variable.get_raw_value(), layer.spec)
     if sharding is not None:
         for factor in (layer.a, layer.b):
             factor.set_value(put(factor[...], sharding))
@@ -120,7 +120,7 @@ def _freeze_base(model: nnx.Module, plan: Plan) -> None:
 
 def _as_float32(variable: nnx.Variable) -> nnx.Variable:
     # The layer's own dtype still sets how it computes.
-    value = in_float32(variable[...])
+    value = in_float32(variable.get_raw_value())
     return variable if value.dtype == variable.dtype else type(variable).from_metadata(value, variable.get_metadata())
 
 

@@ -306,7 +306,18 @@ QUERY = "layer.0.query"
 ONES = np.ones((3, tiny.WIDTH), np.float32)
 BAD: dict[str, tuple[Any, str]] = {
     "another method": (changed(peft_type="IA3"), "is of peft_type 'IA3'; LORA and the authors' MELORA are read"),
-    "DoRA": (changed(use_dora=True), "has use_dora=True, which has no counterpart here; merge it in PEFT"),
+    "DoRA without its norms": (
+        changed(use_dora=True),
+        "has no lora_magnitude_vector of layer/0/query, and adapter_config.json says use_dora=True; save the",
+    ),
+    "norms without DoRA": (
+        tensor("layer.0.query.lora_magnitude_vector", np.ones(10, np.float32)),
+        "has a lora_magnitude_vector of layer/0/query, and adapter_config.json says use_dora=False; save",
+    ),
+    "norms of no layer": (
+        tensor("layer.7.query.lora_magnitude_vector", np.ones(10, np.float32)),
+        "holds norms of layer/7/query, and no lora_A and lora_B beside them; save the adapter again",
+    ),
     "biases": (changed(bias="some"), "has bias='some'; PEFT knows none, all, lora_only"),
     "PiSSA": (changed(init_lora_weights="pissa"), "has init_lora_weights='pissa', which changed the base; save it in"),
     "an unknown key": (changed(rank_patern={"q": 2}), "(perhaps 'rank_pattern' is meant); merge it in PEFT"),

@@ -29,7 +29,7 @@ HEAD = 12 * 2 + 2
 METHODS = {
     "melora": ({"n": 3, "r": 2}, "MELoRA n=3 r=2", 2 * QV, 0),
     "lora": ({"r": 4}, "LoRA r=4", 4 * QV, 0),
-    "rslora": ({"r": 4}, "rsLoRA r=4", 4 * QV, 0),
+    "rslora": ({"r": 4, "init": "pissa"}, "rsLoRA r=4", 4 * QV, 0),
     "lora+": ({"r": 4}, "LoRA+ r=4", 4 * QV, 0),
     "dora": ({"r": 4}, "DoRA r=4", 4 * QV + 2 * 12, 0),
     "adalora": ({"n": 3, "r": 4}, "AdaLoRA n=3 r=4", 4 * QV + 2 * 3 * 4, 0),

@@ -104,7 +104,7 @@ def test_a_key_that_may_be_none_is_none_by_default():
 def test_adapter_keys_are_the_librarys_arguments():
     library = {field.name: field for field in dataclasses.fields(MELoRAConfig)}
     ours = {field.name: field for field in dataclasses.fields(AdapterConfig)}
-    assert set(library) - set(ours) == {"dtype", "train_base"}
+    assert set(library) - set(ours) == {"dtype", "train_base", "variant"}
     assert set(ours) - set(library) == {"method"}
     assert melora_config(AdapterConfig()) == MELoRAConfig(targets=["query", "value"], modules_to_save=["classifier"])
     for name in ("scaling", "mixer", "strategy", "init", "bias"):

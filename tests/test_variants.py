@@ -76,6 +76,26 @@ def test_a_model_starts_as_its_base_and_gives_it_back(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
+def test_training_changes_the_adapter_and_no_bit_of_the_base_or_the_start(name: str) -> None:
+    model = tiny.Encoder()
+    mj.adapt(model, tiny.config(**VARIANTS[name]), rngs=nnx.Rngs(1))
+    before = tiny.arrays(model)
+    tx = mj.make_optimizer(model, 0.05)
+    step = mj.make_train_step(model, tx, lambda model, ids: (model(ids) ** 2).mean())
+    state, frozen = mj.train_state(model, tx)
+    losses = []
+    for _ in range(3):
+        state, metrics = step(state, frozen, tiny.IDS, jax.random.key(0))
+        losses.append(float(metrics["loss"]))
+    nnx.update(model, state.trainable, state.host)
+    assert losses[2] < losses[0]
+    after = tiny.arrays(model)
+    tiny.assert_equal(tiny.arrays(model, mj.FrozenParam), {p: before[p] for p in tiny.arrays(model, mj.FrozenParam)})
+    moved = {path.rpartition("/")[2] for path, value in before.items() if (after[path] != value).any()}
+    assert {"a", "b"} | {"DoRA": {"magnitude"}, "AdaLoRA": {"e"}}.get(name, set()) <= moved
+
+
+@pytest.mark.parametrize("name", VARIANTS)
 def test_files_hold_all_of_it(name: str, tmp_path: Path) -> None:
     model = tiny.trained(**VARIANTS[name])
     mj.save_adapter(model, tmp_path / "adapter")

@@ -64,7 +64,7 @@ _PATTERN = PrimitiveConstructorSpec(
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """The method, and its adapters; the other keys are `melora_jax.MELoRAConfig` arguments. None takes the method's own."""
+    """The method and its adapters; other keys are `melora_jax.MELoRAConfig` arguments, None being the method's own."""
 
     method: Method = "melora"
     """What is trained: mini-adapters, one of LoRA's kinds, the biases, the head alone, or all of the model."""

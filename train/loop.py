@@ -200,7 +200,7 @@ class _Session:
         return True
 
     def _evaluate(self, done: int, state: mj.TrainState, frozen: nnx.State, interrupt: Interrupt) -> bool:
-        """Evaluates, keeps what is trained if it is the best, and saves a checkpoint; False if a signal broke it off."""
+        """Evaluates, keeps the model if it is the best, and saves a checkpoint; False if a signal broke it off."""
         began = time.monotonic()
         try:
             metrics = evaluate(self.experiment, self.steps.evaluate, state, frozen, lambda: interrupt.signal)

@@ -70,7 +70,8 @@ def melora_config(section: AdapterConfig) -> mj.MELoRAConfig:
     given = _given(section)
     for key, value in given.items():
         _check(section.method, preset, key, value)
-    return mj.MELoRAConfig(**({"targets": TARGETS} | dict(preset.usual) | given | dict(preset.fixed)))
+    settings: dict[str, Any] = {"targets": TARGETS, **preset.usual, **given, **preset.fixed}
+    return mj.MELoRAConfig(**settings)
 
 
 def _given(section: AdapterConfig) -> dict[str, Any]:
@@ -125,10 +126,11 @@ def rank_budget(config: Sections, total_steps: int) -> mj.RankBudget | None:
     own, r = config.adalora, melora_config(config.adapter).r
     tinit = total_steps // 10 if own.tinit is None else own.tinit
     tfinal = 3 * total_steps // 10 if own.tfinal is None else own.tfinal
-    target = own.target_r if own.target_r is not None or not isinstance(r, int) else (r + 1) // 2
+    widest = r if isinstance(r, int) else max(r)
+    target = (widest + 1) // 2 if own.target_r is None else own.target_r
     try:
         return mj.RankBudget(
-            target_r=r[0] if target is None else target,
+            target_r=target,
             total_step=total_steps,
             tinit=tinit,
             tfinal=tfinal,
@@ -144,7 +146,7 @@ def check_adalora(config: Sections) -> Iterator[str]:
     given = {key: value for key, value in vars(config.adalora).items() if value is not None}
     if given and config.adapter.method != "adalora":
         key, value = next(iter(given.items()))
-        yield f"adalora.{key}={value!r} belongs to adapter.method=adalora, not {config.adapter.method}; unset one of them"
+        yield f"adalora.{key}={value!r} belongs to adapter.method=adalora, not {config.adapter.method}; unset it"
     if config.adalora.orthogonality is not None and not 0 <= config.adalora.orthogonality < math.inf:
         yield f"adalora.orthogonality={config.adalora.orthogonality!r} must be a finite number of at least 0"
 

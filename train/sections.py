@@ -187,7 +187,6 @@ class Sections:
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
-    adalora: AdaLoRAConfig = dataclasses.field(default_factory=AdaLoRAConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     instruction: InstructionConfig = dataclasses.field(default_factory=InstructionConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
@@ -195,3 +194,4 @@ class Sections:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     output: OutputConfig = dataclasses.field(default_factory=OutputConfig)
+    adalora: AdaLoRAConfig = dataclasses.field(default_factory=AdaLoRAConfig)
