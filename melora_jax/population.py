@@ -36,9 +36,6 @@ from melora_jax.sharding import mesh_of_tree
 Streams = Literal["shared", "own"]
 Optimizer = optax.GradientTransformation | Callable[[Any], optax.GradientTransformation]
 
-# All members are at the same step.
-_MEMBERS_OF_STATE: Any = TrainState(step=None, trainable=0, opt_state=0, host=0)  # pyright: ignore[reportArgumentType]
-
 
 class Members(NamedTuple):
     """What the members of a population differ in; `make_members` makes it.
@@ -122,7 +119,7 @@ def population_state(models: Iterable[nnx.Module], tx: Optimizer, members: Membe
             _require_one_device((trainable, base))
             frozen, whole = base, (trainable, host)
         _require_same_base(number, frozen, base)
-        starts.append(_leaves((trainable, host)))
+        starts.append(_leaves(trainable) | _leaves(host))
         _require_same_shapes(number, starts[0], starts[-1])
     if whole is None or len(starts) != len(members.key):
         raise ValueError(f"{len(starts)} models for {len(members.key)} members; give one adapted model a member")
@@ -133,7 +130,13 @@ def population_state(models: Iterable[nnx.Module], tx: Optimizer, members: Membe
 
 
 def make_population_step(
-    model: nnx.Module, tx: Optimizer, loss: Loss, *, streams: Streams = "shared", accumulate: int = 1
+    model: nnx.Module,
+    tx: Optimizer,
+    loss: Loss,
+    *,
+    streams: Streams = "shared",
+    accumulate: int = 1,
+    at_once: int | None = None,
 ) -> jax.stages.Wrapped:
     """The jitted step of a whole population, `(state, frozen, batch, members) -> (state, metrics)`. It donates `state`.
 
@@ -146,9 +149,11 @@ def make_population_step(
       loss: as for `make_train_step`.
       streams: "shared", all members see the same batch; or "own", the batch's arrays have a leading axis of members.
       accumulate: as for `make_train_step`, of each member's batch.
+      at_once: members whose activations are in memory at a time, one group of them after another in the same step; None
+        is all.
 
     Raises:
-      ValueError: an unknown `streams`; `accumulate` as for `make_train_step`; a model on a mesh.
+      ValueError: an unknown `streams`; `at_once` below 1; `accumulate` as for `make_train_step`; a model on a mesh.
 
     Returns:
       The step. Metrics are those of `make_train_step`, [m] arrays.
@@ -164,29 +169,39 @@ def make_population_step(
     (3,)
     """
     check_count("accumulate", accumulate)
+    check_count("at_once", 1 if at_once is None else at_once)
     if streams not in ("shared", "own"):
         raise ValueError(f"streams={streams!r} is unknown; choose shared or own")
     graphdef, *state = nnx.split(model, nnx.Param, FrozenParam, ...)
     _require_one_device(state)
 
-    def step(state: TrainState, frozen: nnx.State, batch: Batch, member: Members) -> tuple[TrainState, Metrics]:
+    def one(state: TrainState, frozen: nnx.State, batch: Batch, member: Members) -> tuple[tuple[Any, ...], Metrics]:
         def own_loss(current: nnx.Module, batch: Batch) -> Any:
             with _as(member, current):
                 return loss(current, batch)
 
-        lone = step_of(graphdef, _optimizer(tx, member), own_loss, accumulate, None)
-        return lone(state, frozen, batch, member.key)
+        step = step_of(graphdef, _optimizer(tx, member), own_loss, accumulate, None)
+        after, metrics = step(state, frozen, batch, member.key)
+        return tuple(after)[1:], metrics
 
-    axes = (_MEMBERS_OF_STATE, None, 0 if streams == "own" else None, 0)
-    return jax.jit(jax.vmap(step, in_axes=axes, out_axes=(_MEMBERS_OF_STATE, 0)), donate_argnums=0)
+    every = _over_members(one, streams, at_once)
+
+    def step(state: TrainState, frozen: nnx.State, batch: Batch, members: Members) -> tuple[TrainState, Metrics]:
+        arrays, metrics = every(state, frozen, batch, members)
+        return TrainState(state.step + 1, *arrays), metrics
+
+    return jax.jit(step, donate_argnums=0)
 
 
-def make_population_eval(model: nnx.Module, evaluate: Callable[[Any, Batch], Any]) -> jax.stages.Wrapped:
+def make_population_eval(
+    model: nnx.Module, evaluate: Callable[[Any, Batch], Any], *, at_once: int | None = None
+) -> jax.stages.Wrapped:
     """The jitted `(state, frozen, batch, members) -> evaluate(model, batch)` of each member, leaves [m, ...].
 
     Args:
       model: gives the structure.
       evaluate: any function of a model and a batch, which all members see; traced without dropout.
+      at_once: as for `make_population_step`.
     """
     graphdef = nnx.split(model, nnx.Param, FrozenParam, ...)[0]
 
@@ -196,7 +211,7 @@ def make_population_eval(model: nnx.Module, evaluate: Callable[[Any, Batch], Any
         with _as(member, current):
             return evaluate(current, batch)
 
-    return jax.jit(jax.vmap(one, in_axes=(_MEMBERS_OF_STATE, None, None, 0)))
+    return jax.jit(_over_members(one, "shared", at_once))
 
 
 def member_state(state: TrainState, number: int) -> TrainState:
@@ -204,7 +219,23 @@ def member_state(state: TrainState, number: int) -> TrainState:
 
     Its factors go with that member's own alpha: put them into a model that was adapted with it.
     """
-    return TrainState(state.step, *jax.tree.map(lambda x: x[number], tuple(state)[1:]))
+    return TrainState(jnp.copy(state.step), *jax.tree.map(lambda x: x[number], tuple(state)[1:]))
+
+
+def _over_members(one: Callable[..., Any], streams: Streams, at_once: int | None) -> Callable[..., Any]:
+    """`one(state, frozen, batch, member)` of every member, vmapped, or scanned over groups that are vmapped."""
+
+    def every(state: TrainState, frozen: nnx.State, batch: Batch, members: Members) -> Any:
+        def call(own: tuple[Any, Batch, Members]) -> Any:
+            arrays, rows, member = own
+            return one(TrainState(state.step, *arrays), frozen, batch if streams == "shared" else rows, member)
+
+        mapped = (tuple(state)[1:], batch if streams == "own" else None, members)
+        if at_once is None or at_once >= len(members.key):
+            return jax.vmap(call)(mapped)
+        return jax.lax.map(call, mapped, batch_size=at_once)
+
+    return every
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ USAGE = """usage: python -m train COMMAND ...
   plan RECIPE.toml --device v5e-8 [...]                  say whether a run fits into memory, from shapes alone
   crash-test RECIPE.toml [--kills 30]                    kill a run at random moments, resume it, compare the ends
   bench [--help]                                         time MELoRA and LoRA against the frozen model
+  bench-population [--help]                              time 8 runs in one step against 8 one after another
 
 example: python -m train run train/recipes/local.toml --data.train my.jsonl --data.validation held_out.jsonl"""
 
@@ -109,6 +110,13 @@ def command_bench(words: Sequence[str]) -> int:
     return bench(words)
 
 
+def command_bench_population(words: Sequence[str]) -> int:
+    """A population's step against those of its members."""
+    from train.bench_population import bench_population
+
+    return bench_population(words)
+
+
 def command_plan(words: Sequence[str]) -> int:
     """The memory of a run, before it is made."""
     from train.plan import plan
@@ -131,6 +139,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "demo-chat": command_demo_chat,
     "report": command_report,
     "bench": command_bench,
+    "bench-population": command_bench_population,
     "plan": command_plan,
     "crash-test": command_crash_test,
 }
