@@ -55,7 +55,7 @@ def run(experiment: Experiment, resume: bool = False) -> Outcome:
     meet("every process has looked at the folder that the first one is about to change")
     state, frozen = mj.train_state(experiment.model, experiment.tx)
     key = experiment.key()
-    with Checkpoints(folder / "checkpoints") as checkpoints:
+    with Checkpoints(folder / "checkpoints", Bookkeeping) as checkpoints:
         notes, saved = Bookkeeping(config=to_toml(experiment.config)), checkpoints.latest() is not None
         if saved:
             check_config(experiment.config, checkpoints.notes().config)
@@ -92,7 +92,7 @@ class _Session:
     """One part of a run: from its start, or its resumption, to its end."""
 
     experiment: Experiment
-    checkpoints: Checkpoints
+    checkpoints: Checkpoints[Bookkeeping]
     log: MetricsLog | NoLog
     progress: Progress
     steps: Steps

@@ -33,8 +33,8 @@ from train.reporting import introduce, make_progress
 from train.run_folder import POPULATION, population_of
 from train.step import Batch, make_loss
 
-# On CPU more tokens at a time cost more in caches missed than they save. Of 8 MiniLM members with 64 to 256 tokens each,
-# a step of all took 0.72 to 0.85 of eight steps' time; with 1,024 tokens each 1.3 of it, and two at a time 0.88.
+# On CPU more tokens at a time cost more in caches missed than they save: of 8 MiniLM members of 64 to 256 tokens a step
+# of all took 0.72 to 0.85 of eight steps' time; of 1,024 tokens 1.3 of it, and two at a time 0.88.
 _CPU_TOKENS = 2048
 _OUTCOMES = "outcomes.json"
 _RATES = ("learning_rate", "head_learning_rate", "b_learning_rate", "weight_decay")

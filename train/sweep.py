@@ -20,6 +20,7 @@ from train.grid import Point, parse_grid, points_of
 from train.loop import Outcome, exit_code
 from train.members import group, require_population
 from train.metrics import is_better
+from train.plan import adapted_shapes
 from train.population import run_population
 from train.record import replace_text
 from train.run_folder import read_run
@@ -83,12 +84,13 @@ def plan(points: Sequence[Point]) -> list[list[Point]]:
     """The points in groups that are trained together.
 
     Raises:
-      ValueError: runs that no population can hold.
+      ValueError: runs that no population can hold, or adapters that do not fit the model.
     """
     configs = [point.config for point in points]
     populations = [[points[place] for place in places] for places in group(configs)]
     for population in populations:
         require_population([point.config for point in population])
+        adapted_shapes(population[0].config)
     return populations
 
 
