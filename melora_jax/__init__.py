@@ -6,14 +6,13 @@ from melora_jax.dropout import dropout_key
 from melora_jax.generation import Generation, NewTokens, generate, stream
 from melora_jax.guard import check_mesh
 from melora_jax.layers import FrozenParam, MELoRADense, MELoRAParam
+from melora_jax.members import Members, make_members
 from melora_jax.merging import merge, unwrap
 from melora_jax.models import abstract_model, from_pretrained, save_pretrained
 from melora_jax.models.gguf_tokenizer import tokenizer_from_gguf
 from melora_jax.optim import TrainState, make_optimizer, make_train_step, train_state
 from melora_jax.orbax import save_orbax
 from melora_jax.population import (
-    Members,
-    make_members,
     make_population_eval,
     make_population_step,
     member_state,

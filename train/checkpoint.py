@@ -6,7 +6,7 @@ import dataclasses
 import math
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import jax
 import numpy as np
@@ -14,9 +14,6 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from melora_jax import TrainState
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +36,7 @@ class Bookkeeping:
     unevaluated: bool = False
 
 
-Notes = TypeVar("Notes", bound="DataclassInstance")
+Notes = TypeVar("Notes")  # a dataclass of JSON values
 
 
 class Checkpoints(Generic[Notes]):
@@ -93,8 +90,9 @@ class Checkpoints(Generic[Notes]):
         step = int(state.step)
         if step in self._manager.all_steps():
             return
+        table: Any = notes
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(_named(state)), notes=ocp.args.JsonSave(dataclasses.asdict(notes))
+            state=ocp.args.StandardSave(_named(state)), notes=ocp.args.JsonSave(dataclasses.asdict(table))
         )
         metrics = {"score": score, "step": step}
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -19,11 +19,9 @@ from train.experiment import Experiment
 from train.interrupt import Interrupt
 from train.loop import Outcome
 from train.metrics import is_better
+from train.population_experiment import Population
 from train.progress import Progress, memory_in_use
 from train.record import MetricsLog
-
-if TYPE_CHECKING:
-    from train.population import Population
 
 
 @dataclasses.dataclass(frozen=True)
