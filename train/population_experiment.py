@@ -18,9 +18,10 @@ from train.config import RunConfig
 from train.experiment import Experiment, dropout_key, make_tx, prepare
 from train.step import Batch, make_loss
 
-# On CPU more tokens at a time cost more in caches missed than they save: of 8 MiniLM members of 64 to 256 tokens a step
-# of all took 0.72 to 0.85 of eight steps' time; of 1,024 tokens 1.3 of it, and two at a time 0.88.
-_CPU_TOKENS = 2048
+# On CPU more tokens at a time cost more in missed caches than they save. Eight MiniLM members' steps over one of theirs
+# together: of 64 tokens each 1.26 and 1.39; of 256, all at a time 1.02 and 1.18, two 1.24; of 1,024, all 0.76, two 1.09
+# and 1.14, one 1.03 (paired rounds on a busy machine of 2 cores).
+_CPU_TOKENS = 512
 _RATES = ("learning_rate", "head_learning_rate", "b_learning_rate", "weight_decay")
 
 
@@ -91,16 +92,18 @@ def prepare_population(configs: Sequence[RunConfig], at_once: int | None = None)
     state, frozen = mj.population_state(models(), lambda rates: _tx(first[0], rates), members)
     for experiment in experiments:
         nnx.update(experiment.model, frozen)  # one base in memory, and not one a member
-    return Population(experiments, members, state, frozen, at_once or _as_many_as_pay(experiments[0], len(configs)))
+    return Population(experiments, members, state, frozen, at_once or as_many_as_pay(len(configs), _tokens(first[0])))
 
 
-def _as_many_as_pay(experiment: Experiment, members: int) -> int:
-    """Members to compute at once."""
-    if jax.default_backend() != "cpu":
-        return members
+def as_many_as_pay(members: int, tokens: int) -> int:
+    """Of so many members, how many to compute at a time, where each sees `tokens` of them."""
+    return members if jax.default_backend() != "cpu" else min(members, max(2, _CPU_TOKENS // tokens))
+
+
+def _tokens(experiment: Experiment) -> int:
+    """Tokens that a member sees at a time, at most."""
     train = experiment.config.train
-    tokens = train.batch_size // train.accumulate * max(experiment.material.plan.widths)
-    return min(members, max(2, _CPU_TOKENS // tokens))
+    return train.batch_size // train.accumulate * max(experiment.material.plan.widths)
 
 
 def _members(configs: Sequence[RunConfig]) -> mj.Members:
