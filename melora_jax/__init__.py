@@ -8,6 +8,7 @@ from melora_jax.dropout import dropout_key
 from melora_jax.generation import Generation, NewTokens, generate, stream
 from melora_jax.guard import check_mesh
 from melora_jax.layers import BaseParam, FrozenParam, MELoRADense, MELoRAParam
+from melora_jax.members import Members, make_members
 from melora_jax.merging import merge, unwrap
 from melora_jax.models import abstract_model, from_pretrained, save_pretrained
 from melora_jax.models.gguf_tokenizer import tokenizer_from_gguf
@@ -15,8 +16,6 @@ from melora_jax.optim import TrainState, make_optimizer, make_train_step, train_
 from melora_jax.orbax import save_orbax
 from melora_jax.pissa import PiSSADense
 from melora_jax.population import (
-    Members,
-    make_members,
     make_population_eval,
     make_population_step,
     member_state,

@@ -16,87 +16,24 @@ What sets shapes or code (n, r, mixer, targets, the optimizer's kind) is the sam
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 
 from melora_jax.checks import check_count
-from melora_jax.dropout import adapter_dropout, rounded_rate
+from melora_jax.dropout import adapter_dropout
 from melora_jax.graph import path_of
 from melora_jax.layers import FrozenParam, MELoRAParam
+from melora_jax.members import Members
 from melora_jax.optim import Batch, Loss, Metrics, TrainState, step_of
 from melora_jax.sharding import mesh_of_tree
 
 Streams = Literal["shared", "own"]
 Optimizer = optax.GradientTransformation | Callable[[Any], optax.GradientTransformation]
-
-# All members are at the same step.
-_MEMBERS_OF_STATE: Any = TrainState(step=None, trainable=0, opt_state=0, host=0)  # pyright: ignore[reportArgumentType]
-
-
-class Members(NamedTuple):
-    """What the members of a population differ in; `make_members` makes it.
-
-    Attributes:
-      key: of each member's dropout, as `make_train_step` takes one, [m].
-      optim: what each member's optimizer is made of, a tree of [m] arrays; None where one serves all.
-      alpha: each member's alpha over that of the model, [m]; None where all have the model's.
-      dropout: each member's rate of the adapters' dropout, [m]; None where all have the model's.
-    """
-
-    key: jax.Array
-    optim: Any = None
-    alpha: jax.Array | None = None
-    dropout: jax.Array | None = None
-
-
-def make_members(
-    keys: Sequence[jax.Array] | jax.Array,
-    *,
-    optim: Any = None,
-    alpha: Sequence[float] | None = None,
-    dropout: Sequence[float] | None = None,
-) -> Members:
-    """`Members` from Python numbers.
-
-    Args:
-      keys: a PRNG key each.
-      optim: a tree of sequences, one number a member each, such as `{"rate": [1e-3, 2e-3]}`.
-      alpha: each member's alpha over the alpha that the model was adapted with. The update is linear in it, so B is
-        multiplied by it wherever the model runs: exact for a power of two, else to a rounding.
-      dropout: each member's rate, rounded to a multiple of 1/65536 as everywhere.
-
-    Raises:
-      ValueError: no members, other than one value a member, or a value out of range.
-
-    >>> members = make_members(jax.random.split(jax.random.key(0), 2), optim={"rate": [1e-3, 2e-3]}, dropout=[0.0, 0.5])
-    >>> members.key.shape, members.dropout.tolist()
-    ((2,), [0.0, 0.5])
-    """
-    keys = list(keys)
-    if not keys:
-        raise ValueError("a population of no members; give one key a member")
-    for name, values in (("alpha", alpha), ("dropout", dropout), *_named(optim)):
-        if values is not None and np.shape(values) != (len(keys),):
-            raise ValueError(f"{name} has shape {np.shape(values)} for {len(keys)} members; give one number a member")
-    for factor in alpha or ():
-        if not (math.isfinite(factor) and factor > 0):
-            raise ValueError(f"alpha={factor!r} must be above 0 and finite: a member's alpha over the model's")
-    for rate in dropout or ():
-        if not 0 <= rate < 1:
-            raise ValueError(f"dropout={rate!r} must be at least 0 and below 1")
-    return Members(
-        key=jnp.stack(keys),
-        optim=jax.tree.map(_floats, optim, is_leaf=_is_values),
-        alpha=None if alpha is None else _floats(alpha),
-        dropout=None if dropout is None else _floats([rounded_rate(rate) for rate in dropout]),
-    )
 
 
 def population_state(models: Iterable[nnx.Module], tx: Optimizer, members: Members) -> tuple[TrainState, nnx.State]:
@@ -122,7 +59,7 @@ def population_state(models: Iterable[nnx.Module], tx: Optimizer, members: Membe
             _require_one_device((trainable, base))
             frozen, whole = base, (trainable, host)
         _require_same_base(number, frozen, base)
-        starts.append(_leaves((trainable, host)))
+        starts.append(_leaves(trainable) | _leaves(host))
         _require_same_shapes(number, starts[0], starts[-1])
     if whole is None or len(starts) != len(members.key):
         raise ValueError(f"{len(starts)} models for {len(members.key)} members; give one adapted model a member")
@@ -133,7 +70,13 @@ def population_state(models: Iterable[nnx.Module], tx: Optimizer, members: Membe
 
 
 def make_population_step(
-    model: nnx.Module, tx: Optimizer, loss: Loss, *, streams: Streams = "shared", accumulate: int = 1
+    model: nnx.Module,
+    tx: Optimizer,
+    loss: Loss,
+    *,
+    streams: Streams = "shared",
+    accumulate: int = 1,
+    at_once: int | None = None,
 ) -> jax.stages.Wrapped:
     """The jitted step of a whole population, `(state, frozen, batch, members) -> (state, metrics)`. It donates `state`.
 
@@ -146,14 +89,17 @@ def make_population_step(
       loss: as for `make_train_step`.
       streams: "shared", all members see the same batch; or "own", the batch's arrays have a leading axis of members.
       accumulate: as for `make_train_step`, of each member's batch.
+      at_once: members whose activations are in memory at a time, one group of them after another in the same step; None
+        is all.
 
     Raises:
-      ValueError: an unknown `streams`; `accumulate` as for `make_train_step`; a model on a mesh.
+      ValueError: an unknown `streams`; `at_once` below 1; `accumulate` as for `make_train_step`; a model on a mesh.
 
     Returns:
       The step. Metrics are those of `make_train_step`, [m] arrays.
 
     >>> from melora_jax.layers import MELoRADense
+    >>> from melora_jax.members import make_members
     >>> def loss(model, x):
     ...     return (model(x) ** 2).mean()
     >>> models = [MELoRADense(4, 6, n=2, rngs=nnx.Rngs(params=0)) for _ in range(3)]
@@ -164,29 +110,39 @@ def make_population_step(
     (3,)
     """
     check_count("accumulate", accumulate)
+    check_count("at_once", 1 if at_once is None else at_once)
     if streams not in ("shared", "own"):
         raise ValueError(f"streams={streams!r} is unknown; choose shared or own")
     graphdef, *state = nnx.split(model, nnx.Param, FrozenParam, ...)
     _require_one_device(state)
 
-    def step(state: TrainState, frozen: nnx.State, batch: Batch, member: Members) -> tuple[TrainState, Metrics]:
+    def one(state: TrainState, frozen: nnx.State, batch: Batch, member: Members) -> tuple[tuple[Any, ...], Metrics]:
         def own_loss(current: nnx.Module, batch: Batch) -> Any:
             with _as(member, current):
                 return loss(current, batch)
 
-        lone = step_of(graphdef, _optimizer(tx, member), own_loss, accumulate, None)
-        return lone(state, frozen, batch, member.key)
+        step = step_of(graphdef, _optimizer(tx, member), own_loss, accumulate, None)
+        after, metrics = step(state, frozen, batch, member.key)
+        return tuple(after)[1:], metrics
 
-    axes = (_MEMBERS_OF_STATE, None, 0 if streams == "own" else None, 0)
-    return jax.jit(jax.vmap(step, in_axes=axes, out_axes=(_MEMBERS_OF_STATE, 0)), donate_argnums=0)
+    every = _over_members(one, streams, at_once)
+
+    def step(state: TrainState, frozen: nnx.State, batch: Batch, members: Members) -> tuple[TrainState, Metrics]:
+        arrays, metrics = every(state, frozen, batch, members)
+        return TrainState(state.step + 1, *arrays), metrics
+
+    return jax.jit(step, donate_argnums=0)
 
 
-def make_population_eval(model: nnx.Module, evaluate: Callable[[Any, Batch], Any]) -> jax.stages.Wrapped:
+def make_population_eval(
+    model: nnx.Module, evaluate: Callable[[Any, Batch], Any], *, at_once: int | None = None
+) -> jax.stages.Wrapped:
     """The jitted `(state, frozen, batch, members) -> evaluate(model, batch)` of each member, leaves [m, ...].
 
     Args:
       model: gives the structure.
       evaluate: any function of a model and a batch, which all members see; traced without dropout.
+      at_once: as for `make_population_step`.
     """
     graphdef = nnx.split(model, nnx.Param, FrozenParam, ...)[0]
 
@@ -196,7 +152,7 @@ def make_population_eval(model: nnx.Module, evaluate: Callable[[Any, Batch], Any
         with _as(member, current):
             return evaluate(current, batch)
 
-    return jax.jit(jax.vmap(one, in_axes=(_MEMBERS_OF_STATE, None, None, 0)))
+    return jax.jit(_over_members(one, "shared", at_once))
 
 
 def member_state(state: TrainState, number: int) -> TrainState:
@@ -204,7 +160,23 @@ def member_state(state: TrainState, number: int) -> TrainState:
 
     Its factors go with that member's own alpha: put them into a model that was adapted with it.
     """
-    return TrainState(state.step, *jax.tree.map(lambda x: x[number], tuple(state)[1:]))
+    return TrainState(jnp.copy(state.step), *jax.tree.map(lambda x: x[number], tuple(state)[1:]))
+
+
+def _over_members(one: Callable[..., Any], streams: Streams, at_once: int | None) -> Callable[..., Any]:
+    """`one(state, frozen, batch, member)` of every member, vmapped, or scanned over groups that are vmapped."""
+
+    def every(state: TrainState, frozen: nnx.State, batch: Batch, members: Members) -> Any:
+        def call(own: tuple[Any, Batch, Members]) -> Any:
+            arrays, rows, member = own
+            return one(TrainState(state.step, *arrays), frozen, batch if streams == "shared" else rows, member)
+
+        mapped = (tuple(state)[1:], batch if streams == "own" else None, members)
+        if at_once is None or at_once >= len(members.key):
+            return jax.vmap(call)(mapped)
+        return jax.lax.map(call, mapped, batch_size=at_once)
+
+    return every
 
 
 @contextlib.contextmanager
@@ -249,16 +221,3 @@ def _require_same_shapes(number: int, ours: dict[str, Any], theirs: dict[str, An
 
 def _leaves(tree: Any) -> dict[str, Any]:
     return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _named(optim: Any) -> list[tuple[str, Any]]:
-    leaves = jax.tree_util.tree_leaves_with_path(optim, is_leaf=_is_values)
-    return [(path_of(path) or "optim", values) for path, values in leaves]
-
-
-def _is_values(node: Any) -> bool:
-    return isinstance(node, (list, tuple)) and all(isinstance(value, (int, float)) for value in node)
-
-
-def _floats(values: Any) -> jax.Array:
-    return jnp.asarray(values, jnp.float32)

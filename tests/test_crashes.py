@@ -167,10 +167,10 @@ def test_an_old_content_without_successor_is_put_back(tmp_path):
 def test_the_best_checkpoint_is_known_after_reopening(tmp_path):
     def save(step: int, score: float) -> None:
         state = mj.TrainState(jnp.int32(step), nnx.State({}), {"x": jnp.zeros(())}, nnx.State({}))
-        with Checkpoints(tmp_path) as checkpoints:
+        with Checkpoints(tmp_path, Bookkeeping) as checkpoints:
             checkpoints.save(state, Bookkeeping(config=""), score)
 
     for step, score in enumerate((0.5, 0.9, 0.7, 0.6), start=1):
         save(step, score)
-    with Checkpoints(tmp_path) as checkpoints:
+    with Checkpoints(tmp_path, Bookkeeping) as checkpoints:
         assert checkpoints.steps() == [2, 4]

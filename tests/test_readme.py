@@ -137,7 +137,10 @@ def test_commands_do_what_they_say(minilm_folder):
                     assert set(wanted) <= set(extras), f"README.md line {block.line}: unknown extra in {words}"
                 case [_, "-m", "train", "run", recipe, *overrides]:
                     _run_recipe(recipe, overrides, minilm_folder)
-                case [_, "-m", "train", "demo" | "bench" | "crash-test" as command, *options]:
+                case [_, "-m", "train", "sweep", recipe, *rest]:
+                    _link(Path(from_toml(recipe).model.name), minilm_folder)
+                    _run(sys.executable, "-m", "train", "sweep", recipe, *rest, "--dry-run")
+                case [_, "-m", "train", "demo" | "bench" | "bench-population" | "crash-test" as command, *options]:
                     _run(sys.executable, "-m", "train", command, *options, "--help")
                 case [_, "-m", "train", "generate", *rest]:
                     _run(sys.executable, "-m", "train", "generate", *rest, "--max-new-tokens", "5")

@@ -14,7 +14,7 @@ from tiny_run import make_material, recipe
 
 import melora_jax as mj
 from train.__main__ import main
-from train.checkpoint import Checkpoints
+from train.checkpoint import Bookkeeping, Checkpoints
 from train.loop import _Session
 from train.record import read_metrics
 
@@ -133,7 +133,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(place, capsys):
     assert "is not finite" in error
     assert "lower optim.learning_rate" in error
     assert error.count("\n") == 1
-    with Checkpoints(place / "run" / "checkpoints") as checkpoints:
+    with Checkpoints(place / "run" / "checkpoints", Bookkeeping) as checkpoints:
         assert checkpoints.latest() == 1  # of the NaN step nothing is kept
     assert all(event["step"] <= 2 for event in read_metrics(place / "run"))
 

@@ -23,11 +23,12 @@ USAGE = """usage: python -m train COMMAND ...
   demo [--help]                                          compare head only, LoRA and MELoRA on real movie reviews
   demo-chat [--help]                                     tune a small chat model by LoRA and MELoRA; see it answer
   report FOLDER                                          write FOLDER/report.html again
-  glue --tasks all --methods lora:r=8 melora:n=8,r=8 [...]  tasks by methods by seeds, rates chosen fairly; --dry-run
+  glue [--tasks all] [--methods lora melora:n=8] [...]   tasks by methods by seeds, each at its best learning rate
   study FOLDER [...]                                     a table's page, figures and data again
   plan RECIPE.toml --device v5e-8 [...]                  say whether a run fits into memory, from shapes alone
   crash-test RECIPE.toml [--kills 30]                    kill a run at random moments, resume it, compare the ends
   bench [--help]                                         time MELoRA and LoRA against the frozen model
+  bench-population [--help]                              time 8 runs in one step against 8 one after another
 
 example: python -m train run train/recipes/local.toml --data.train my.jsonl --data.validation held_out.jsonl"""
 
@@ -126,6 +127,13 @@ def command_study(words: Sequence[str]) -> int:
     return study(words)
 
 
+def command_bench_population(words: Sequence[str]) -> int:
+    """A population's step against those of its members."""
+    from train.bench_population import bench_population
+
+    return bench_population(words)
+
+
 def command_plan(words: Sequence[str]) -> int:
     """The memory of a run, before it is made."""
     from train.plan import plan
@@ -150,6 +158,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "bench": command_bench,
     "glue": command_glue,
     "study": command_study,
+    "bench-population": command_bench_population,
     "plan": command_plan,
     "crash-test": command_crash_test,
 }

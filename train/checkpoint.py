@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
 import jax
 import numpy as np
@@ -37,14 +36,17 @@ class Bookkeeping:
     unevaluated: bool = False
 
 
-class Checkpoints:
-    """The checkpoints below `folder`, each with notes of a `kind`, a dataclass of JSON values. A context manager.
+Notes = TypeVar("Notes")  # a dataclass of JSON values
+
+
+class Checkpoints(Generic[Notes]):
+    """The checkpoints below `folder`, each with notes of the kind that the run keeps. A context manager.
 
     Only what training changes is stored; the frozen base is read from its own checkpoint. A save is complete or absent:
     orbax writes beside and renames, and leftovers of a killed save are removed when the folder is opened again.
     """
 
-    def __init__(self, folder: Path, kind: Callable[..., Any] = Bookkeeping) -> None:
+    def __init__(self, folder: Path, kind: type[Notes]) -> None:
         self.folder, self._kind = folder, kind
         # max_to_keep with a best_fn would drop the newest checkpoint, from which a run resumes.
         keep = checkpoint_managers.AnyPreservationPolicy(
@@ -76,7 +78,7 @@ class Checkpoints:
         latest = self.latest()
         return "no checkpoint was written yet" if latest is None else f"the checkpoint of step {latest} is intact"
 
-    def save(self, state: TrainState, notes: Any, score: float | None) -> None:
+    def save(self, state: TrainState, notes: Notes, score: float | None) -> None:
         """Saves at the state's step; a checkpoint of that step is left as it is.
 
         Args:
@@ -88,8 +90,9 @@ class Checkpoints:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
+        table: Any = notes
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(_named(state)), notes=ocp.args.JsonSave(dataclasses.asdict(notes))
+            state=ocp.args.StandardSave(_named(state)), notes=ocp.args.JsonSave(dataclasses.asdict(table))
         )
         metrics = {"score": score, "step": step}
         try:
@@ -99,7 +102,7 @@ class Checkpoints:
                 f"checkpoint of step {step} could not be written to {self.folder}: {_reason(error)}"
             ) from error
 
-    def restore(self, like: TrainState) -> tuple[TrainState, Any]:
+    def restore(self, like: TrainState) -> tuple[TrainState, Notes]:
         """The newest checkpoint, as arrays placed like those of `like`.
 
         Raises:
@@ -118,7 +121,7 @@ class Checkpoints:
         leaves = [restored["state"][name] for name in _named(like)]
         return jax.tree.unflatten(jax.tree.structure(like), leaves), self._kind(**restored["notes"])
 
-    def notes(self) -> Any:
+    def notes(self) -> Notes:
         """The newest checkpoint's bookkeeping alone."""
         step = self._manager.latest_step()
         restored = self._manager.restore(step, args=ocp.args.Composite(notes=ocp.args.JsonRestore()))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from train.checkpoint import Checkpoints
+from train.checkpoint import Bookkeeping, Checkpoints
 from train.leftovers import leftovers
 from train.record import read_metrics
 
@@ -45,7 +45,7 @@ def _events(folder: Path) -> list[dict[str, Any]]:
 
 
 def _checkpoint_differences(folder: Path, reference: Path) -> list[str]:
-    with Checkpoints(folder) as ours, Checkpoints(reference) as theirs:
+    with Checkpoints(folder, Bookkeeping) as ours, Checkpoints(reference, Bookkeeping) as theirs:
         if ours.steps() != theirs.steps():
             return [f"there are checkpoints of steps {ours.steps()}, not {theirs.steps()}"]
         mine, other = ours.arrays(), theirs.arrays()

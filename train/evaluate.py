@@ -66,7 +66,7 @@ def metrics_of(experiment: Experiment, outputs: Sequence[Measure]) -> dict[str, 
         raise FloatingPointError(f"the held-out loss is {loss}")
     if material.labels is None:
         return {"loss": loss, "perplexity": float(np.exp(loss))}
-    predictions = np.empty(len(material.labels), outputs[0].predictions.dtype)
+    predictions = np.empty(len(material.labels), np.asarray(outputs[0].predictions).dtype)
     for batch, one in zip(material.held_out, outputs, strict=True):
         real = batch.indices >= 0
         predictions[batch.indices[real]] = np.asarray(one.predictions)[real]

@@ -138,7 +138,7 @@ class AbstractRun(NamedTuple):
 
 def abstract_run(config: RunConfig, rows: int) -> AbstractRun:
     """The run of a configuration, a step of it taking `rows` of the longest rows."""
-    model = _abstract_model(config)
+    model = adapted_shapes(config)
     tx = mj.make_optimizer(model, config.optim.learning_rate, clip_norm=config.optim.clip_norm)
     _, trainable, frozen, host = nnx.split(model, nnx.Param, mj.FrozenParam, ...)
     step_number: Any = jax.ShapeDtypeStruct((), jnp.int32)
@@ -148,7 +148,7 @@ def abstract_run(config: RunConfig, rows: int) -> AbstractRun:
     return AbstractRun(model, step, (state, frozen, _abstract_batch(config, rows), key))
 
 
-def _abstract_model(config: RunConfig) -> Any:
+def adapted_shapes(config: RunConfig) -> Any:
     """The adapted model, with shapes in place of arrays."""
     names = config.data.label_names
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -19,11 +19,9 @@ from train.experiment import Experiment
 from train.interrupt import Interrupt
 from train.loop import Outcome
 from train.metrics import is_better
+from train.population_experiment import Population
 from train.progress import Progress, memory_in_use
 from train.record import MetricsLog
-
-if TYPE_CHECKING:
-    from train.population import Population
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +56,7 @@ class Session:
     """One part of a population's training: from its start, or its resumption, to its end."""
 
     population: Population
-    checkpoints: Checkpoints
+    checkpoints: Checkpoints[PopulationNotes]
     logs: Sequence[MetricsLog]
     progress: Progress
     steps: Steps
@@ -80,7 +78,8 @@ class Session:
             return self._outcomes(start, interrupt.signal)
         for done in range(start + 1, total + 1):
             if not self._live():
-                break
+                self.progress.note(f"stopped early: no better {first.config.metric} within train.patience")
+                return self._outcomes(done - 1)
             width, batch, rows = self.population.batch(done - 1)
             state, metrics = self.steps.train[width](state, self.population.frozen, batch, self.population.members)
             self.window.append(
@@ -107,8 +106,14 @@ class Session:
         return [i for i, (one, end) in pairs if end is None and (patience is None or one.waited < patience)]
 
     def _outcomes(self, done: int, stopped_by: int | None = None) -> list[Outcome]:
-        pairs = zip(self.notes.members, self.notes.diverged, strict=True)
-        return [Outcome(one.best, done if end is None else end, stopped_by, end) for one, end in pairs]
+        live, pairs = self._live(), enumerate(zip(self.notes.members, self.notes.diverged, strict=True))
+        ends = [(one, end, done if i in live else end or self._waited_at(one)) for i, (one, end) in pairs]
+        return [Outcome(one.best, step, stopped_by, end) for one, end, step in ends]
+
+    def _waited_at(self, book: Bookkeeping) -> int:
+        """The step of the evaluation at which a member had waited out its patience."""
+        every = self.first.eval_every
+        return min(((book.best_step or 0) // every + book.waited) * every, self.first.total_steps)
 
     def _report(self, done: int) -> None:
         """Fetches the metrics of the steps since the last report, and logs them for each member."""

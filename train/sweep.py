@@ -20,6 +20,7 @@ from train.grid import Point, parse_grid, points_of
 from train.loop import Outcome, exit_code
 from train.members import group, require_population
 from train.metrics import is_better
+from train.plan import adapted_shapes
 from train.population import run_population
 from train.record import replace_text
 from train.run_folder import read_run
@@ -37,9 +38,9 @@ class Options:
     grid: tuple[str, ...] = ()
     """Keys and their values, e.g. optim.learning_rate=1e-3,2e-3 adapter.n=1,4,8; all combinations are run."""
     own_order: bool = False
-    """Each seed sees the rows in an order of its own, which takes one width (data.buckets empty, or packed rows)."""
+    """Each seed sees the rows in an order of its own, which takes one width (one of data.buckets, or packed rows)."""
     at_once: int | None = None
-    """Most runs in one step, where memory sets a bound; by default all that can be."""
+    """Runs of a population whose activations are in memory at a time; by default all, and on CPU as many as pay."""
     dry_run: bool = False
     """Print which runs would be trained together, and end."""
     resume: bool = False
@@ -54,8 +55,10 @@ def sweep(words: Sequence[str]) -> int:
     if recipe in ("-h", "--help"):
         rest = ["--help"]
     options, overrides = tyro.cli(Options, args=rest, prog="python -m train sweep RECIPE", return_unknown_args=True)
+    if options.at_once is not None and options.at_once < 1:
+        raise ValueError(f"--at-once {options.at_once} must be at least 1")
     points = points_of(recipe, overrides, parse_grid(options.grid), options.seeds, options.own_order)
-    populations = plan(points, options.at_once)
+    populations = plan(points)
     console = Console()
     for number, population in enumerate(populations, start=1):
         console.print(f"population {number}: {', '.join(point.name for point in population)}", soft_wrap=True)
@@ -68,7 +71,7 @@ def sweep(words: Sequence[str]) -> int:
     for number, population in enumerate(populations, start=1):
         console.rule(f"population {number} of {len(populations)}: {len(population)} runs")
         configs = [point.config for point in population]
-        found = run_population(configs, folder / "populations" / str(number), again, options.resume)
+        found = run_population(configs, folder / "populations" / str(number), again, options.resume, options.at_once)
         outcomes |= {point.name: outcome for point, outcome in zip(population, found, strict=True)}
         if any(outcome.stopped_by for outcome in found):
             console.print(f"stopped; continue with: {shlex.join(again)}", soft_wrap=True)
@@ -77,20 +80,17 @@ def sweep(words: Sequence[str]) -> int:
     return 0
 
 
-def plan(points: Sequence[Point], at_once: int | None = None) -> list[list[Point]]:
-    """The points in groups that are trained together, of at most `at_once`.
+def plan(points: Sequence[Point]) -> list[list[Point]]:
+    """The points in groups that are trained together.
 
     Raises:
-      ValueError: `at_once` below 1, or runs that no population can hold.
+      ValueError: runs that no population can hold, or adapters that do not fit the model.
     """
-    if at_once is not None and at_once < 1:
-        raise ValueError(f"--at-once {at_once} must be at least 1")
-    populations = []
-    for places in group([point.config for point in points]):
-        size = at_once or len(places)
-        populations += [[points[place] for place in places[i : i + size]] for i in range(0, len(places), size)]
+    configs = [point.config for point in points]
+    populations = [[points[place] for place in places] for places in group(configs)]
     for population in populations:
         require_population([point.config for point in population])
+        adapted_shapes(population[0].config)
     return populations
 
 
