@@ -14,7 +14,7 @@ from melora_jax import checks
 
 Scaling = Literal["mini", "total", "rslora"]
 Mixer = Literal["identity", "all", "shuffle"]
-Strategy = Literal["auto", "batched", "packed"]
+Strategy = Literal["auto", "batched", "packed", "merged"]
 Init = Literal["kaiming", "gaussian"]
 
 ALL_LINEAR = "all-linear"
@@ -67,6 +67,11 @@ class AdapterSpec:
             if len(values) != self.n:
                 given = f"{name}={list(values)} has {len(values)} values for n={self.n} minis"
                 raise ValueError(f"{given}; give one value, or {self.n}")
+        if self.strategy == "merged" and self.dropout > 0:
+            raise ValueError(
+                f"strategy=\"merged\" adds ΔW to the kernel, so dropout={self.dropout} can't reach the adapter's "
+                'input alone; use dropout=0, or strategy="batched"'
+            )
         if self.mixer != "identity" and len(set(self.r)) > 1:
             raise ValueError(
                 f'mixer="{self.mixer}" needs one r for all minis, not {list(self.r)}; use mixer="identity"'
@@ -107,7 +112,8 @@ class MELoRAConfig:
       dropout: probability of zeroing an input feature of an adapter (PEFT: `lora_dropout`).
       scaling: `"mini"` alpha_k/r_k (the authors' code), `"total"` alpha/(n·r), `"rslora"` alpha/sqrt(n·r).
       mixer: `"identity"` MELoRA, `"all"` LoRA of rank r, `"shuffle"` GraLoRA.
-      strategy: how the product is computed: `"batched"`, `"packed"`, or `"auto"`. All give the same result.
+      strategy: how the product is computed: `"batched"`, `"packed"`, `"merged"` (W + ΔW is formed in each pass: for
+        dense layers of NNX models, off a mesh, without dropout), or `"auto"`. All give the same result.
       targets: name suffixes (`["query", "value"]`), one regular expression matched against the whole path, or
         `"all-linear"` but for a language model's output layer (PEFT: `target_modules`). Empty trains
         `modules_to_save` alone.

@@ -147,6 +147,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"scaling": "rs-lora"}, "scaling='rs-lora' is unknown; choose 'rslora'"),
     ({"mixer": "gralora"}, "mixer='gralora' is unknown; choose 'identity' or 'all' or 'shuffle'"),
     ({"strategy": "pack"}, "strategy='pack' is unknown; choose 'packed'"),
+    (
+        {"strategy": "merged", "dropout": 0.1},
+        "strategy=\"merged\" adds ΔW to the kernel, so dropout=0.1 can't reach the adapter's input alone; use dropout=0",
+    ),
     ({"init": "zeros"}, "init='zeros' is unknown; choose 'kaiming' or 'gaussian'"),
     ({"dtype": "float23"}, "dtype='float23' is unknown; choose 'float32'"),
     (

@@ -89,7 +89,7 @@ class AdapterConfig:
     """Scale: mini is alpha/r, total alpha/(n*r), rslora alpha/sqrt(n*r)."""
     mixer: Literal["identity", "all", "shuffle"] = "identity"
     """identity is MELoRA, all is LoRA of rank r, shuffle is GraLoRA."""
-    strategy: Literal["auto", "batched", "packed"] = "auto"
+    strategy: Literal["auto", "batched", "packed", "merged"] = "auto"
     """How the product is computed; all give the same result."""
     targets: Names = ("query", "value")
     """Layers to adapt: name suffixes, one regular expression, or all-linear; empty trains modules_to_save alone."""
