@@ -69,7 +69,7 @@ class AdapterSpec:
                 raise ValueError(f"{given}; give one value, or {self.n}")
         if self.strategy == "merged" and self.dropout > 0:
             raise ValueError(
-                f"strategy='merged' leaves no input of the adapter's own to drop from: use dropout=0, not {self.dropout}"
+                f"strategy='merged' has no input of the adapter's own to drop from: use dropout=0, not {self.dropout}"
             )
         if self.mixer != "identity" and len(set(self.r)) > 1:
             raise ValueError(

@@ -149,7 +149,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"strategy": "pack"}, "strategy='pack' is unknown; choose 'packed'"),
     (
         {"strategy": "merged", "dropout": 0.1},
-        "strategy='merged' leaves no input of the adapter's own to drop from: use dropout=0, not 0.1",
+        "strategy='merged' has no input of the adapter's own to drop from: use dropout=0, not 0.1",
     ),
     ({"init": "zeros"}, "init='zeros' is unknown; choose 'kaiming' or 'gaussian'"),
     ({"dtype": "float23"}, "dtype='float23' is unknown; choose 'float32'"),
