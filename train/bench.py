@@ -100,8 +100,9 @@ def bench(words: Sequence[str]) -> int:
 
 
 def _finish(run: Run, options: Options, console: Console) -> int:
+    wide = Console(width=max(console.width, 150))  # a terminal breaks long lines, where rich would cut off digits
     for table in screen_tables(run):
-        console.print(table)
+        wide.print(table)
     if options.out:
         save(run, options.out)
         if run.records:

@@ -57,7 +57,7 @@ def cells_of(record: Record, row: Row, device: str) -> list[str]:
         cell(facts["planned_bytes"], ",.0f", 1e-6),
         cell(facts["trace_seconds"], ".1f"),
         cell(facts["compile_seconds"], ".1f"),
-        cell(facts["hlo_lines"], ",d"),
+        cell(facts["hlo_lines"], ",.0f"),
     ]
 
 
