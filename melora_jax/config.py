@@ -14,7 +14,7 @@ from melora_jax.patterns import first_match
 
 Scaling = Literal["mini", "total", "rslora"]
 Mixer = Literal["identity", "all", "shuffle", "scatter"]
-Strategy = Literal["auto", "batched", "packed"]
+Strategy = Literal["auto", "batched", "packed", "merged"]
 Init = Literal["kaiming", "gaussian", "orthogonal", "pissa"]
 Variant = Literal["plain", "dora", "adalora"]
 Bias = Literal["none", "all", "lora_only"]
@@ -71,6 +71,10 @@ class AdapterSpec:
             if len(values) != self.n:
                 given = f"{name}={list(values)} has {len(values)} values for n={self.n} minis"
                 raise ValueError(f"{given}; give one value, or {self.n}")
+        if self.strategy == "merged" and self.dropout > 0:
+            raise ValueError(
+                f"strategy='merged' has no input of the adapter's own to drop from: use dropout=0, not {self.dropout}"
+            )
         if self.mixer != "identity" and len(set(self.r)) > 1:
             raise ValueError(
                 f'mixer="{self.mixer}" needs one r for all minis, not {list(self.r)}; use mixer="identity"'
@@ -117,7 +121,8 @@ class MELoRAConfig:
       scaling: `"mini"` alpha_k/r_k (the authors' code), `"total"` alpha/(n·r), `"rslora"` alpha/sqrt(n·r).
       mixer: `"identity"` MELoRA, `"all"` LoRA of rank r, `"shuffle"` GraLoRA, `"scatter"` MELoRA whose minis get the
         features in a fixed random order: the control for whether it matters which features a mini reads and writes.
-      strategy: how the product is computed: `"batched"`, `"packed"`, or `"auto"`. All give the same result.
+      strategy: how the product is computed: `"batched"`, `"packed"`, `"merged"` (W + ΔW is formed in each pass: for
+        dense layers of NNX models, off a mesh, without dropout), or `"auto"`. All give the same result.
       targets: name suffixes (`["query", "value"]`), one regular expression matched against the whole path, or
         `"all-linear"` but for a language model's output layer (PEFT: `target_modules`). Empty puts no adapter in.
       exclude: suffixes or one regular expression of layers to leave alone (PEFT: `exclude_modules`).

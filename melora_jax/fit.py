@@ -45,8 +45,8 @@ def require_same_factors(model: nnx.Module, tree: AdapterTree, folder: str | Pat
         shapes = _factor_shapes(path, spec, layer.view)
         if ("pissa" in (spec.init, given.init)) and spec.init != given.init:
             raise ValueError(
-                f"the factors in {folder} do not fit: at {path} their init is {given.init!r}, here it is {spec.init!r}, "
-                "and PiSSA's are differences from its start; adapt with the same init"
+                f"the factors in {folder} do not fit: at {path} their init is {given.init!r}, here it is {spec.init!r},"
+                " and PiSSA's are differences from its start; adapt with the same init"
             )
         for name, factor in (("a", there[path].a), ("b", there[path].b)):
             if shapes[f"{path}/{name}"] != factor.shape:

@@ -23,6 +23,7 @@ from flax import nnx
 
 from melora_jax import blocks, checks
 from melora_jax.config import AdapterSpec, Init, Mixer, Scaling, Strategy, Variant
+from melora_jax.merged_product import merged_output, why_unmergeable
 from melora_jax.parallel import ParallelDot
 from melora_jax.quantization import QuantizedLinear
 from melora_jax.sharding import active_mesh, mesh_of
@@ -117,8 +118,7 @@ class MELoRADense(nnx.Module):
         a, b = self._start(rngs.params(), d_in, d_out)
         self.a = MELoRAParam(a)
         self.b = MELoRAParam(b)
-        latents = self.product.spec.n * max(self.product.spec.r)
-        self.strategy: Strategy = blocks.choose_strategy(strategy, latents, jax.default_backend())
+        self.strategy: Strategy = self._chosen_strategy()
 
     @classmethod
     def wrap(cls, layer: nnx.Module, spec: AdapterSpec, *, path: str, rngs: nnx.Rngs) -> MELoRADense:
@@ -182,9 +182,36 @@ class MELoRADense(nnx.Module):
             return product_with_adapter(
                 self.base, mesh, x, self._factors_for, self.scale, self.product.spec, self.strategy, self.path
             )
+        if self.strategy == "merged" and self._enough_tokens(x):
+            return merged_output(self.base, x, *self.factors(), self.spec)
         y = self.base(x, *args, **kwargs)
         view = self._view_for_call(*args, **kwargs)
         return y + update_of(self.product, view, x, y, *self.factors())
+
+    def _chosen_strategy(self) -> Strategy:
+        """What the layer's strategy stands for.
+
+        Raises:
+          ValueError: it is "merged", which the base does not allow.
+        """
+        plain = type(self) is MELoRADense
+        why_not = why_unmergeable(self.base) if plain else f"a {type(self).__name__} is no sum of W and s·A·B"
+        if self.spec.strategy == "merged" and why_not is not None:
+            raise ValueError(
+                f'strategy="merged" at {self.path or "a layer"}: {why_not}; use strategy="batched" or "auto"'
+            )
+        # Where the sum would be rounded to less than float32, or a quantised kernel made whole, it must be asked for.
+        exact = why_not is None and isinstance(self.base, nnx.Linear) and self._in_float32()
+        latents = self.product.spec.n * max(self.product.spec.r)
+        mergeable = exact and self.spec.dropout == 0
+        return blocks.choose_strategy(self.spec.strategy, latents, jax.default_backend(), mergeable)
+
+    def _in_float32(self) -> bool:
+        computed = self.spec.dtype or self.base.dtype or self.base.param_dtype
+        return jnp.dtype(computed) == self.base.param_dtype == jnp.float32
+
+    def _enough_tokens(self, x: jax.Array) -> bool:
+        return self.spec.strategy == "merged" or x.size // x.shape[-1] >= blocks.MERGED_TOKENS
 
     def _factors_for(self, y: jax.Array | jax.ShapeDtypeStruct) -> tuple[jax.Array, jax.Array]:
         """A and B in the dtype of the computation."""

@@ -24,10 +24,11 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from melora_jax.blocks import choose_strategy
 from melora_jax.checks import check_count
 from melora_jax.dropout import adapter_dropout
-from melora_jax.graph import path_of
-from melora_jax.layers import FrozenParam, MELoRAParam
+from melora_jax.graph import path_of, walk
+from melora_jax.layers import FrozenParam, MELoRADense, MELoRAParam
 from melora_jax.members import Members
 from melora_jax.optim import Batch, Loss, Metrics, TrainState, step_of
 from melora_jax.sharding import mesh_of_tree
@@ -93,7 +94,8 @@ def make_population_step(
         is all.
 
     Raises:
-      ValueError: an unknown `streams`; `at_once` below 1; `accumulate` as for `make_train_step`; a model on a mesh.
+      ValueError: an unknown `streams`; `at_once` below 1; `accumulate` as for `make_train_step`; a model on a mesh, or
+        one that was adapted with strategy "merged".
 
     Returns:
       The step. Metrics are those of `make_train_step`, [m] arrays.
@@ -115,6 +117,11 @@ def make_population_step(
         raise ValueError(f"streams={streams!r} is unknown; choose shared or own")
     graphdef, *state = nnx.split(model, nnx.Param, FrozenParam, ...)
     _require_one_device(state)
+    for layer in _merged_layers(model):
+        if layer.spec.strategy == "merged":
+            raise ValueError(
+                f'strategy="merged" at {layer.path} would form W + ΔW for each member; adapt with strategy="auto"'
+            )
 
     def one(state: TrainState, frozen: nnx.State, batch: Batch, member: Members) -> tuple[tuple[Any, ...], Metrics]:
         def own_loss(current: nnx.Module, batch: Batch) -> Any:
@@ -182,6 +189,10 @@ def _over_members(one: Callable[..., Any], streams: Streams, at_once: int | None
 @contextlib.contextmanager
 def _as(member: Members, model: nnx.Module) -> Iterator[None]:
     """Inside, `model` has the member's alpha, for good, and the member's rate of dropout."""
+    for layer in _merged_layers(model):
+        # W + ΔW would be one a member, and its product can't drop; beside the base's own product all members share W.
+        latents = layer.product.spec.n * max(layer.product.spec.r)
+        layer.strategy = choose_strategy("auto", latents, jax.default_backend())
     if member.alpha is not None:
         for path, variable in nnx.to_flat_state(nnx.state(model, MELoRAParam)):
             if path[-1] == "b":
@@ -192,6 +203,10 @@ def _as(member: Members, model: nnx.Module) -> Iterator[None]:
 
 def _optimizer(tx: Optimizer, member: Members) -> optax.GradientTransformation:
     return tx(member.optim) if callable(tx) else tx
+
+
+def _merged_layers(model: nnx.Module) -> list[MELoRADense]:
+    return [node for _, node in walk(model) if isinstance(node, MELoRADense) and node.strategy == "merged"]
 
 
 def _require_one_device(tree: Any) -> None:

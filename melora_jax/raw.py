@@ -83,6 +83,8 @@ def _checked_spec(chosen: NamedModule, config: MELoRAConfig) -> AdapterSpec:
 
 
 def _adapter(path: str, shape: tuple[int, int], spec: AdapterSpec, key: Array) -> Adapter:
+    if spec.strategy == "merged":
+        raise ValueError(f'strategy="merged" at {path} is for NNX models, not for bare arrays; use "batched" or "auto"')
     strategy = blocks.choose_strategy(spec.strategy, spec.n * max(spec.r), jax.default_backend())
     return Adapter(*blocks.init_factors(blocks.start_key(key, path), *shape, spec), path, spec, strategy)
 

@@ -214,3 +214,6 @@ def test_auto_takes_packed_while_the_latents_fit_one_wide_product() -> None:
     assert blocks.choose_strategy("auto", 128, "tpu") == "packed"
     assert blocks.choose_strategy("auto", 129, "gpu") == "batched"
     assert blocks.choose_strategy("batched", 1, "cpu") == "batched"
+    assert blocks.choose_strategy("auto", 16, "cpu", True) == "packed"
+    assert blocks.choose_strategy("auto", 17, "cpu", True) == "merged"
+    assert blocks.choose_strategy("auto", 129, "gpu", True) == "batched"  # not measured there

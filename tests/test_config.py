@@ -151,6 +151,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"scaling": "rs-lora"}, "scaling='rs-lora' is unknown; choose 'rslora'"),
     ({"mixer": "gralora"}, "mixer='gralora' is unknown; choose 'identity' or 'all' or 'shuffle' or 'scatter'"),
     ({"strategy": "pack"}, "strategy='pack' is unknown; choose 'packed'"),
+    (
+        {"strategy": "merged", "dropout": 0.1},
+        "strategy='merged' has no input of the adapter's own to drop from: use dropout=0, not 0.1",
+    ),
     ({"init": "zeros"}, "init='zeros' is unknown; choose 'kaiming' or 'gaussian' or 'orthogonal' or 'pissa'"),
     ({"dtype": "float23"}, "dtype='float23' is unknown; choose 'float32'"),
     (

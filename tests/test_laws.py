@@ -76,7 +76,7 @@ LORA: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("strategy", ["batched", "packed"])
+@pytest.mark.parametrize("strategy", ["batched", "packed", "merged"])
 @pytest.mark.parametrize("name", LORA)
 def test_the_layer_is_pefts_lora(name: str, strategy: Any) -> None:
     import peft
@@ -96,7 +96,7 @@ def test_the_layer_is_pefts_lora(name: str, strategy: Any) -> None:
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("strategy", ["batched", "packed"])
+@pytest.mark.parametrize("strategy", ["batched", "packed", "merged"])
 @pytest.mark.parametrize(("n", "r"), [(2, 4), (3, 3), (6, 12)])
 def test_the_shuffle_mixer_is_pefts_gralora(n: int, r: int, strategy: Any) -> None:
     import peft
@@ -132,7 +132,7 @@ def test_rank_and_parameters_are_those_that_are_told(mixer: Any, r: tuple[int, .
     assert learning == sum(mini * (D_IN // n + D_OUT // n) for mini in r) == layer.spec.parameters(D_IN, D_OUT)
 
 
-@pytest.mark.parametrize("strategy", ["batched", "packed"])
+@pytest.mark.parametrize("strategy", ["batched", "packed", "merged"])
 @pytest.mark.parametrize("mixer", ["identity", "all", "shuffle"])
 def test_an_input_slice_moves_its_own_output_slice_alone_unless_mixed(mixer: Any, strategy: Any) -> None:
     layer = layer_of(5, n=3, r=3, mixer=mixer, strategy=strategy)

@@ -45,7 +45,7 @@ def drawn_input(*shape: int) -> Any:
     return np.random.default_rng(2).normal(size=shape).astype(np.float32)
 
 
-@pytest.mark.parametrize("strategy", ["batched", "packed"])
+@pytest.mark.parametrize("strategy", ["batched", "packed", "merged"])
 @pytest.mark.parametrize("scaling", ["mini", "total", "rslora"])
 def test_the_layer_is_the_equation(strategy: str, scaling: str) -> None:
     layer = mixed_layer(strategy=strategy, scaling=scaling)
@@ -174,7 +174,7 @@ def test_freezing_keeps_the_value_the_metadata_and_the_type() -> None:
     assert back.get_raw_value() is variable.get_raw_value()
 
 
-@pytest.mark.parametrize("strategy", ["batched", "packed"])
+@pytest.mark.parametrize("strategy", ["batched", "packed", "merged"])
 @pytest.mark.parametrize(("mixer", "r"), [("identity", 1), ("shuffle", 32)])
 def test_the_compiled_size_does_not_grow_with_n(mixer: Any, r: int, strategy: Any) -> None:
     lowered, compiled = [], []
@@ -188,5 +188,9 @@ def test_the_compiled_size_does_not_grow_with_n(mixer: Any, r: int, strategy: An
         traced = jax.jit(jax.value_and_grad(loss)).lower(trainable, rest, jnp.ones((4, 64)))
         lowered.append(len(traced.as_text().splitlines()))
         compiled.append(len(str(traced.compile().as_text()).splitlines()))
-    assert lowered[0] == lowered[1] == lowered[2] < 150
-    assert max(compiled) <= 1.1 * min(compiled)
+    if strategy == "merged":  # takes a shorter way once n is large
+        assert max(lowered) == lowered[0] < 150
+        assert max(compiled) <= 1.1 * compiled[0]
+    else:
+        assert lowered[0] == lowered[1] == lowered[2] < 150
+        assert max(compiled) <= 1.1 * min(compiled)

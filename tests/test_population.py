@@ -136,7 +136,7 @@ def test_what_members_differ_in_makes_a_difference(varied: str) -> None:
     for number, one in enumerate(trainables):
         for other in trainables[:number]:
             for path in ("classifier/kernel", "layer/0/query/a", "layer/0/value/b"):
-                assert abs(one[path] - other[path]).max() > 1e-3, path
+                assert abs(one[path] - other[path]).max() > 3e-4, path
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.05, 0.1, 1 / 3, 0.5, 0.9, 0.99999])
@@ -232,3 +232,23 @@ def test_members_share_one_base() -> None:
     message = "the base of model 1 differs from that of model 0 at embed/embedding; members share one base"
     with pytest.raises(ValueError, match=f"^{message}$"):
         mj.population_state([start(1), other], mj.make_optimizer(other, 1e-3), members)
+
+
+def test_members_share_the_base_where_a_lone_run_would_merge() -> None:
+    def losses(strategy: Any) -> np.ndarray:
+        layers = [mj.MELoRADense(21, 33, n=3, r=7, strategy=strategy, rngs=nnx.Rngs(0)) for _ in range(2)]
+        assert layers[0].strategy == ("merged" if strategy == "auto" else strategy)
+        members = mj.make_members([key_of(1), key_of(2)], dropout=[0.0, 0.5])
+        state, frozen = mj.population_state(layers, optax.sgd(0.1), members)
+        step = mj.make_population_step(layers[0], optax.sgd(0.1), lambda layer, x: (layer(x) ** 2).mean())
+        x = jax.random.normal(key_of(3), (300, 21))
+        for _ in range(3):  # B is zero at first
+            state, metrics = step(state, frozen, x, members)
+        return np.asarray(metrics["loss"])
+
+    auto = losses("auto")
+    np.testing.assert_array_equal(auto, losses("batched"))
+    assert auto[0] != auto[1]
+    layer = mj.MELoRADense(21, 33, n=3, r=7, strategy="merged", rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r'strategy="merged" at .* would form W \+ ΔW for each member'):
+        mj.make_population_step(layer, optax.sgd(0.1), lambda layer, x: layer(x).mean())

@@ -78,9 +78,10 @@ class AdapterConfig:
     """Probability of zeroing an input feature of an adapter. By default 0."""
     scaling: Literal["mini", "total", "rslora"] | None = None
     """Scale: mini is alpha/r, total alpha/(n*r), rslora alpha/sqrt(n*r). By default mini."""
-    mixer: Literal["identity", "all", "shuffle"] | None = None
-    """identity is MELoRA, all is LoRA of rank r, shuffle is GraLoRA. By default identity."""
-    strategy: Literal["auto", "batched", "packed"] | None = None
+    mixer: Literal["identity", "all", "shuffle", "scatter"] | None = None
+    """identity is MELoRA, all is LoRA of rank r, shuffle is GraLoRA, scatter deals features to minis at random. By
+    default identity."""
+    strategy: Literal["auto", "batched", "packed", "merged"] | None = None
     """How the product is computed; all give the same result. By default auto."""
     targets: Annotated[tuple[str, ...] | str | None, _NAMES] = None
     """Layers to adapt: name suffixes, one regular expression, or all-linear. By default query and value."""

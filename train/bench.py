@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import importlib.util
+import itertools
 import json
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 import jax
 import tyro
 from rich.console import Console
-from rich.table import Table
 
 import melora_jax as mj
 from train.assets import assets_cache, fetch_minilm, fetch_smollm2
-from train.bench_steps import Bench, Step, variants
+from train.bench_compile import compile_rows
+from train.bench_page import screen_tables, write_page
+from train.bench_plot import plot_path, png_of
+from train.bench_record import Record, Run, machine, record_of, row_of, save, write
+from train.bench_steps import TORCH, Bench, Facts, Step, torch_step, variants
 from train.errors import RunError
+from train.heap import keep_freed_memory
 
 _TARGETS = {"classification": ("query", "value"), "causal-lm": ("q_proj", "v_proj")}
 _SHAPES = {"classification": (32, 64), "causal-lm": (2, 256)}
-_TORCH = "torch+PEFT LoRA r=8"
+_SWEEPS = ("n", "r", "tokens", "width", "depth")
+_RANDOM = (384, 6)  # width and depth where a sweep says one of them alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +50,24 @@ class Options:
     rounds: int = 9
     """Rounds; in each, every variant takes one turn."""
     targets: tuple[str, ...] = ()
-    """Name suffixes of the adapted layers; by default query and value."""
+    """Name suffixes of the adapted layers, or all-linear; by default query and value."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the model."""
     only: tuple[str, ...] = ()
     """Time these variants alone."""
+    sweep: tuple[str, ...] = ()
+    """Such as n=1,4,8,16,32 r=1,8: every combination, against the frozen limit. tokens, width and depth vary the batch
+    and the size of a model of random weights."""
+    compile_depths: tuple[int, ...] = ()
+    """Time no step, but compile one of a Llama-2-7B of so many layers, from shapes alone."""
+    out: Path | None = None
+    """Write the result into this .json file, and its figure beside it."""
+    title: str = "Training step"
+    """What the result is called."""
+    page: Path | None = None
+    """Time nothing, but fill this Markdown page from the results that it names."""
+    results: Path = Path("results/speed")
+    """Where the page's results are."""
     memory: bool = False
     """Run each variant in a process of its own too, for its peak memory."""
     alone: bool = False
@@ -57,54 +75,140 @@ class Options:
 
 
 def bench(words: Sequence[str]) -> int:
-    """Prints the table; returns the exit code."""
+    """Prints the tables; returns the exit code."""
     options = tyro.cli(Options, args=list(words), prog="python -m train bench")
-    with tempfile.TemporaryDirectory() as folder:
-        subject = _subject(options, Path(folder))
-        steps = {name: make for name, make in variants(subject).items() if _wanted(name, options)}
-        if not steps:
-            raise ValueError(
-                f"--only {' '.join(options.only)} names no variant; there are {', '.join(variants(subject))}"
-            )
+    console = Console()
+    if options.page:
+        write_page(options.page, options.results, console.print)
+        return 0
+    sweeps = dict(map(_sweep, options.sweep))
+    if sweeps and options.memory:
+        raise ValueError("--memory is of the variants of one model; leave --sweep out")
+    with tempfile.TemporaryDirectory() as folder, _nothing_cached():
+        if options.compile_depths:
+            compiles = compile_rows(options.compile_depths, console.print)
+            return _finish(Run(options.title, machine(), ["depth"], [], compiles), options, console)
+        subjects = list(_subjects(options, sweeps, Path(folder)))
         if options.alone:
-            _take(next(iter(steps.values()))(), 2)
+            torch_alone = options.only == (TORCH,)
+            step = Step(torch_step(subjects[0]), Facts()) if torch_alone else _one_step(options, subjects[0])
+            _take(step, 2)
             print(json.dumps({"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
             return 0
-        peaks = {name: _peak(name, subject) for name in steps} if options.memory else {}
-        console, ready, preparing = Console(), {}, {}
-        for name, make in steps.items():
-            console.print(f"compiling {name} ...")
-            began = time.perf_counter()
-            ready[name] = make()
-            _take(ready[name], 1)
-            preparing[name] = time.perf_counter() - began
-        seconds = _turns(ready, options.rounds)
-        console.print(_table(subject, seconds, preparing, ready, peaks))
+        records = [_record(options, subject, sweeps, console.print) for subject in subjects]
+    return _finish(Run(options.title, machine(), _varied(sweeps), records, []), options, console)
+
+
+def _finish(run: Run, options: Options, console: Console) -> int:
+    wide = Console(width=max(console.width, 150))  # a terminal breaks long lines, where rich would cut off digits
+    for table in screen_tables(run):
+        wide.print(table)
+    if options.out:
+        save(run, options.out)
+        if run.records:
+            write(plot_path(options.out), png_of(run))
+        console.print(f"{options.out} is written")
     return 0
 
 
-def _subject(options: Options, folder: Path) -> Bench:
+@contextlib.contextmanager
+def _nothing_cached() -> Iterator[None]:
+    """Compilations are timed, so none comes out of a cache."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+
+
+def _sweep(word: str) -> tuple[str, tuple[int, ...]]:
+    """A word such as n=1,2,4.
+
+    Raises:
+      ValueError: it names no sweep, or not whole numbers.
+    """
+    name, _, values = word.partition("=")
+    if name not in _SWEEPS:
+        raise ValueError(f"--sweep {word}: {name!r} is no quantity; choose from {', '.join(_SWEEPS)}, such as n=1,2,4")
+    try:
+        numbers = tuple(int(value) for value in values.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise ValueError(f"--sweep {word}: {values!r} is no list of whole numbers from 1, such as 1,2,4")
+    return name, numbers
+
+
+def _varied(sweeps: dict[str, tuple[int, ...]]) -> list[str]:
+    """The quantities that make subjects of their own."""
+    return [name for name in sweeps if name in ("tokens", "width", "depth")]
+
+
+def _subjects(options: Options, sweeps: dict[str, tuple[int, ...]], folder: Path) -> Iterator[Bench]:
+    """What is timed: one subject, or one for each combination of tokens, width and depth."""
+    names = _varied(sweeps)
+    sized = "width" in names or "depth" in names
+    model = "" if sized else _model(options, folder)
+    rows, length = _SHAPES[options.task]
+    rows, length = options.batch_size or rows, options.length or length
+    targets = options.targets or _TARGETS[options.task]
+    for values in itertools.product(*(sweeps[name] for name in names)):
+        at = dict(zip(names, values, strict=True))
+        count = at.get("tokens", rows * length)
+        if count % length:
+            raise ValueError(f"--sweep tokens: {count} is no multiple of --length {length}")
+        width, depth = (
+            at.get(name, usual) if sized else 0 for name, usual in zip(("width", "depth"), _RANDOM, strict=True)
+        )
+        yield Bench(model, options.task, count // length, length, targets, options.dtype, width, depth)
+
+
+def _model(options: Options, folder: Path) -> str:
     fetch = {"classification": fetch_minilm, "causal-lm": fetch_smollm2}[options.task]
     model = options.model or str(fetch(assets_cache()))
     if model.endswith(".gguf"):
         # torch reads no such file without effort, and all shall have the same weights
-        mj.save_pretrained(mj.from_pretrained(model, task=options.task, dtype=options.dtype), folder / "model")
-        model = str(folder / "model")
-    rows, length = _SHAPES[options.task]
-    return Bench(
-        model,
-        options.task,
-        options.batch_size or rows,
-        options.length or length,
-        options.targets or _TARGETS[options.task],
-        options.dtype,
-    )
+        kept = folder / Path(model).stem
+        mj.save_pretrained(mj.from_pretrained(model, task=options.task, dtype=options.dtype), kept)
+        model = str(kept)
+    return model
 
 
-def _wanted(name: str, options: Options) -> bool:
-    if options.only:
-        return name in options.only
-    return name != _TORCH or all(importlib.util.find_spec(package) for package in ("torch", "peft"))
+def _steps(options: Options, subject: Bench, sweeps: dict[str, tuple[int, ...]]) -> dict[str, Callable[[], Step]]:
+    """The variants that are asked for.
+
+    Raises:
+      ValueError: none is.
+    """
+    minis = list(itertools.product(sweeps.get("n", (8,)), sweeps.get("r", (8,) if "n" in sweeps else (1, 8))))
+    steps = variants(subject, minis, detail=not sweeps)
+    chosen = {name: make for name, make in steps.items() if not options.only or name in options.only}
+    if not chosen:
+        raise ValueError(f"--only {' '.join(options.only)} names no variant; there are {', '.join(steps)}")
+    return chosen
+
+
+def _one_step(options: Options, subject: Bench) -> Step:
+    return next(iter(_steps(options, subject, {}).values()))()
+
+
+def _record(options: Options, subject: Bench, sweeps: dict[str, tuple[int, ...]], say: Callable[[str], None]) -> Record:
+    makers = _steps(options, subject, sweeps)
+    peaks = {name: _peak(name, subject) for name in makers} if options.memory else {}
+    ready: dict[str, Step] = {}
+    try:
+        for name, make in makers.items():
+            say(f"compiling {name} ...")
+            ready[name] = make()
+            _take(ready[name], 1)
+        keep_freed_memory()
+        seconds = _turns(ready, options.rounds)
+    finally:
+        for step in ready.values():
+            step.close()
+    rows = [row_of(name, seconds[name], step.facts, peaks.get(name)) for name, step in ready.items()]
+    return record_of(subject, rows)
 
 
 def _take(step: Step, count: int) -> None:
@@ -114,8 +218,8 @@ def _take(step: Step, count: int) -> None:
 
 def _peak(name: str, subject: Bench) -> int:
     """The peak resident memory of a process that takes two steps of one variant, loading and compiling counted."""
-    values = dataclasses.asdict(subject) | {"only": name}
-    words = [word for key, value in values.items() for word in (f"--{key}", *_words(value))]
+    values = {key: value for key, value in dataclasses.asdict(subject).items() if key not in ("width", "depth")}
+    words = [word for key, value in (values | {"only": name}).items() for word in (f"--{key}", *_words(value))]
     command = [sys.executable, "-m", "train", "bench", "--alone", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -136,27 +240,3 @@ def _turns(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
             step.advance()
             seconds[name].append(time.perf_counter() - began)
     return seconds
-
-
-def _table(
-    subject: Bench,
-    seconds: dict[str, list[float]],
-    preparing: dict[str, float],
-    steps: dict[str, Step],
-    peaks: dict[str, int],
-) -> Table:
-    first = next(iter(seconds))
-    device = jax.local_devices()[0].device_kind
-    shape = f"{subject.batch_size} x {subject.length} tokens, {subject.dtype}"
-    table = Table(title=f"{shape}, {device}, jax {jax.__version__}", title_justify="left", box=None, pad_edge=False)
-    headers = ["step", "ms (median)", f"times {first}", "tokens/s", "ready after s", "XLA plan MB"]
-    for header in [*headers, *(["peak MB"] if peaks else [])]:
-        table.add_column(header, justify="left" if header == "step" else "right", no_wrap=header == "step")
-    limit = statistics.median(seconds[first])
-    for name, times in seconds.items():
-        median, planned = statistics.median(times), steps[name].planned_bytes
-        speed = subject.batch_size * subject.length / median
-        cells = [f"{1e3 * median:.1f}", f"{median / limit:.3f}", f"{speed:,.0f}", f"{preparing[name]:.1f}"]
-        cells += ["-" if planned is None else f"{planned / 1e6:,.0f}"]
-        table.add_row(name, *cells, *([f"{peaks[name] / 1e6:,.0f}"] if peaks else []))
-    return table

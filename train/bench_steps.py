@@ -4,32 +4,67 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 import melora_jax as mj
+from train.bench_models import TASKS, Task, random_model
+from train.errors import RunError
+from train.flops import forward_flops
 from train.step import Batch, make_loss, measurer
 
-Task = Literal["classification", "causal-lm"]
-_TASKS = {"classification": "sequence-classification", "causal-lm": "causal-lm"}
 # The lowest module, trained alone: so gradients pass every layer and there is nothing else to compute.
 _LOWEST = {"classification": "embeddings/LayerNorm", "causal-lm": "layers/0/input_layernorm"}
+LIMIT, FULL, TORCH = "frozen limit", "full fine-tuning", "torch+PEFT LoRA r=8"
+DROPOUT = 0.05
+
+
+class Facts(NamedTuple):
+    """What is known of a step beside its time; None where it is not.
+
+    Attributes:
+      trainable: parameters that it trains.
+      flops: of the model's matrix products in the step: the forward pass twice, or three times where the base learns.
+      planned_bytes: arguments and temporaries as XLA plans them.
+      trace_seconds, compile_seconds, hlo_lines: of compiling it.
+      strategy: what the first adapter's strategy stands for.
+    """
+
+    trainable: int | None = None
+    flops: int | None = None
+    planned_bytes: int | None = None
+    trace_seconds: float | None = None
+    compile_seconds: float | None = None
+    hlo_lines: int | None = None
+    strategy: str | None = None
 
 
 class Step(NamedTuple):
-    """One training step, going on from the last at each call; the bytes that XLA plans for it, None where unknown."""
+    """One training step, going on from the last at each call; `close` ends what it needs."""
 
     advance: Callable[[], Any]
-    planned_bytes: int | None
+    facts: Facts
+    close: Callable[[], Any] = lambda: None
 
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """What every variant is timed on: float arrays of random rows, the same for all."""
+    """What every variant is timed on: random rows without padding, the same for all.
+
+    Attributes:
+      model: a folder or hub id; "" for random weights, `width` wide and `depth` layers deep.
+      task, batch_size, length, targets, dtype: as in the command's options.
+    """
 
     model: str
     task: Task
@@ -37,9 +72,11 @@ class Bench:
     length: int
     targets: tuple[str, ...]
     dtype: str
+    width: int = 0
+    depth: int = 0
 
     def batch(self) -> Batch:
-        """Random rows without padding."""
+        """The rows."""
         rng = np.random.default_rng(0)
         shape = (self.batch_size, self.length)
         ids = rng.integers(5, 1000, shape, dtype=np.int32)
@@ -54,38 +91,62 @@ class Bench:
             "weight": np.ones(self.batch_size, np.float32),
         }
 
+    def load(self) -> Any:
+        """The model without adapters."""
+        if not self.model:
+            return random_model(self.task, self.width, self.depth, self.dtype)
+        labels = 2 if self.task == "classification" else None
+        return mj.from_pretrained(self.model, task=TASKS[self.task], num_labels=labels, dtype=self.dtype)
 
-def variants(bench: Bench) -> dict[str, Callable[[], Step]]:
-    """The steps by name; the first is the frozen limit, forward pass and input gradients alone."""
-    targets = bench.targets
+
+def variants(bench: Bench, minis: Iterable[tuple[int, int]], detail: bool = True) -> dict[str, Callable[[], Step]]:
+    """The steps by name; the first is the frozen limit, forward pass and input gradients alone.
+
+    Args:
+      bench: what they are timed on.
+      minis: pairs of n and r, each of which is a step of MELoRA (of LoRA where n is 1).
+      detail: with, for each n above 1, LoRA of as many parameters and of the same rank; and for the last pair each
+        strategy and dropout; and full fine-tuning and torch.
+    """
+    minis = tuple(minis)
+    parts = nnx.split(bench.load())
 
     def ours(**settings: Any) -> Callable[[], Step]:
-        return lambda: _jax_step(bench, mj.MELoRAConfig(**settings))
+        whole = bench.targets == ("all-linear",)
+        where = {"targets": "all-linear", "exclude": ("classifier",)} if whole else {"targets": bench.targets}
+        return lambda: _jax_step(bench, parts, mj.MELoRAConfig(**(where | settings)))
 
-    steps = {
-        "frozen limit": ours(targets=(), modules_to_save=(_LOWEST[bench.task],)),
-        "LoRA r=8": ours(n=1, r=8, targets=targets),
-        "MELoRA n=8 r=1": ours(n=8, r=1, targets=targets),
-        "MELoRA n=8 r=1 batched": ours(n=8, r=1, strategy="batched", targets=targets),
-        "MELoRA n=8 r=1 packed": ours(n=8, r=1, strategy="packed", targets=targets),
-        "MELoRA n=8 r=8": ours(n=8, r=8, targets=targets),
-    }
-    return steps | {"torch+PEFT LoRA r=8": lambda: _torch_step(bench)}
+    steps = {LIMIT: ours(targets=(), exclude=(), modules_to_save=(_LOWEST[bench.task],))}
+    for n, r in minis:
+        for rank in (r, n * r) if detail and n > 1 else ():
+            steps[f"LoRA r={rank}"] = ours(n=1, r=rank)
+        steps[f"MELoRA n={n} r={r}" if n > 1 else f"LoRA r={r}"] = ours(n=n, r=r)
+    if not detail:
+        return steps
+    n, r = minis[-1]
+    for strategy in ("batched", "packed", "merged"):
+        steps[f"MELoRA n={n} r={r} {strategy}"] = ours(n=n, r=r, strategy=strategy)
+    steps[f"MELoRA n={n} r={r} dropout {DROPOUT}"] = ours(n=n, r=r, dropout=DROPOUT)
+    steps[FULL] = lambda: _jax_step(bench, parts, None)
+    if bench.model and all(importlib.util.find_spec(package) for package in ("torch", "peft")):
+        steps[TORCH] = lambda: _torch_apart(bench)
+    return steps
 
 
-def _jax_step(bench: Bench, config: mj.MELoRAConfig) -> Step:
-    model = mj.from_pretrained(
-        bench.model,
-        task=_TASKS[bench.task],
-        num_labels=2 if bench.task == "classification" else None,
-        dtype=bench.dtype,
-    )
-    mj.adapt(model, config, rngs=nnx.Rngs(0))
+def _jax_step(bench: Bench, parts: Any, config: mj.MELoRAConfig | None) -> Step:
+    """A compiled step of a model that shares its frozen arrays with the others; None trains all of it."""
+    model: Any = nnx.merge(*parts)
+    sites = mj.adapt(model, config, rngs=nnx.Rngs(0)).sites if config else ()
     tx = mj.make_optimizer(model, 1e-4)
-    step = mj.make_train_step(model, tx, make_loss(measurer(bench.task, chunk=1024)))
+    loss = make_loss(measurer(bench.task, chunk=1024))
     state, frozen = mj.train_state(model, tx)
+    state = jax.tree.map(jnp.copy, state)  # the step deletes what it is given
     batch, key = bench.batch(), jax.random.key(0)
-    compiled = step.lower(state, frozen, batch, key).compile()
+    began = time.perf_counter()
+    lowered = mj.make_train_step(model, tx, loss).lower(state, frozen, batch, key)
+    traced = time.perf_counter()
+    compiled = lowered.compile()
+    done = time.perf_counter()
     held = [state]
 
     def advance() -> None:
@@ -93,11 +154,62 @@ def _jax_step(bench: Bench, config: mj.MELoRAConfig) -> Step:
         jax.block_until_ready(metrics)
 
     plan = compiled.memory_analysis()
-    planned = plan and plan.argument_size_in_bytes + plan.temp_size_in_bytes
-    return Step(advance, planned)
+    graphdef, values = nnx.split(nnx.merge(*parts))
+    flops = forward_flops(lambda values: loss(nnx.merge(graphdef, values), batch), values)
+    facts = Facts(
+        trainable=sum(leaf.size for leaf in jax.tree.leaves(state.trainable)),
+        flops=(2 if config else 3) * flops,
+        planned_bytes=plan and plan.argument_size_in_bytes + plan.temp_size_in_bytes,
+        trace_seconds=traced - began,
+        compile_seconds=done - traced,
+        hlo_lines=len(str(compiled.as_text()).splitlines()),
+        strategy=sites[0].strategy if sites else None,
+    )
+    return Step(advance, facts)
 
 
-def _torch_step(bench: Bench) -> Step:
+_SERVE = "import sys, train.bench_steps as steps; steps.serve_torch(sys.argv[1])"
+
+
+def _torch_apart(bench: Bench) -> Step:
+    """torch's step in a process of its own: neither library's idle threads nor settings of malloc touch the other.
+
+    Raises:
+      RunError: the process ended.
+    """
+    command = [sys.executable, "-c", _SERVE, json.dumps(dataclasses.asdict(bench))]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def advance() -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write("step\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if answer != "done\n":
+            raise RunError("the process that takes torch's steps ended; its error stands above")
+
+    def close() -> None:
+        with process:
+            process.kill()
+
+    return Step(advance, Facts(), close)
+
+
+def serve_torch(words: str) -> None:
+    """Takes one of torch's steps for each line of standard input."""
+    values = json.loads(words)
+    step = torch_step(Bench(**(values | {"targets": tuple(values["targets"])})))
+    for _ in sys.stdin:
+        step()
+        print("done", flush=True)
+
+
+def torch_step(bench: Bench) -> Callable[[], None]:
+    """The step of torch and PEFT on the same model and rows."""
     # Neither comes with the application: types are checked without them, and the bench leaves this row out.
     peft, torch = map(importlib.import_module, ("peft", "torch"))
     import transformers
@@ -108,7 +220,8 @@ def _torch_step(bench: Bench) -> Step:
     }[bench.task]
     model = kind.from_pretrained(bench.model, dtype=getattr(torch, bench.dtype))
     tasks = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
-    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=list(bench.targets), task_type=tasks[bench.task])
+    targets = "all-linear" if bench.targets == ("all-linear",) else list(bench.targets)
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type=tasks[bench.task])
     model = peft.get_peft_model(model, config).train()
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-4)
     arrays = bench.batch()
@@ -121,4 +234,4 @@ def _torch_step(bench: Bench) -> Step:
         optimizer.step()
         optimizer.zero_grad()
 
-    return Step(advance, None)
+    return advance

@@ -79,6 +79,10 @@ def _planned(chosen: NamedModule, config: MELoRAConfig) -> LinenSite:
     if layer is None:
         raise unadaptable(path, chosen.node.reason)
     check_sizes(layer.view.d_in, layer.view.d_out, spec.n, path)
+    if spec.strategy == "merged":
+        raise ValueError(
+            f'strategy="merged" at {path} is for NNX models, not for Linen models; use "batched" or "auto"'
+        )
     strategy = choose_strategy(spec.strategy, spec.n * max(spec.r), jax.default_backend())
     return LinenSite(path, spec, strategy, layer)
 

@@ -1,0 +1,191 @@
+"""The strategy `merged` against NumPy and against `batched`: values, every gradient, and what it refuses."""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import melora_jax as mj
+from melora_jax import blocks
+from melora_jax.config import AdapterSpec
+from melora_jax.merged_product import _by_blocks, merged_product
+
+D_IN, D_OUT = 30, 42
+SPECS = {
+    "few blocks, by way of the latents": AdapterSpec(n=2, r=(1, 1), alpha=(3.0, 5.0)),
+    "one": AdapterSpec(n=1, r=(2,), alpha=(3.0,)),
+    "mixed ranks, by blocks": AdapterSpec(n=3, r=(5, 2, 3), alpha=(3.0, 5.0, 7.0)),
+    "all": AdapterSpec(n=3, r=(2, 2, 2), alpha=(3.0, 5.0, 7.0), mixer="all"),
+    "shuffle": AdapterSpec(n=2, r=(4, 4), alpha=(3.0, 5.0), mixer="shuffle"),
+}
+
+
+def arrays(spec: AdapterSpec) -> tuple[Any, ...]:
+    rng = np.random.default_rng(0)
+    n, r, used = spec.n, max(spec.r), blocks.scale_of(spec) != 0
+    shapes = {"x": (2, 7, D_IN), "kernel": (D_IN, D_OUT), "a": (n, D_IN // n, r), "b": (n, r, D_OUT // n)}
+    x, kernel, a, b = (rng.normal(size=shape).astype(np.float32) for shape in shapes.values())
+    return x, kernel, a * used[:, None, :], b * used[:, :, None], rng.normal(size=(2, 7, D_OUT)).astype(np.float32)
+
+
+def test_both_ways_to_the_gradients_are_tested() -> None:
+    ways = {name: _by_blocks(*arrays(spec)[2:4]) for name, spec in SPECS.items() if spec.mixer == "identity"}
+    assert list(ways.values()) == [False, False, True]
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_value_and_gradients_are_the_products_with_the_sum(name: str) -> None:
+    """In float64, with ΔW from the factors' dense product and its gradient xᵀg projected on them."""
+    spec = SPECS[name]
+    x, kernel, a, b, weight = arrays(spec)
+    left, right = (
+        np.asarray(part, np.float64) for part in blocks.packed_factors(a, b, blocks.scale_of(spec), spec.mixer)
+    )
+    y, back = jax.vjp(jax.jit(lambda *given: merged_product(*given, spec)), x, kernel, a, b)
+    whole = kernel + left @ right
+    np.testing.assert_allclose(y, x @ whole, rtol=2e-5, atol=2e-5)
+    to_x, to_kernel, to_a, to_b = back(jnp.asarray(weight))
+    product = x.reshape(-1, D_IN).T.astype(np.float64) @ weight.reshape(-1, D_OUT)
+    np.testing.assert_allclose(to_x, weight @ whole.T, rtol=2e-5, atol=5e-5)
+    np.testing.assert_allclose(to_kernel, product, rtol=2e-5, atol=2e-5)
+
+    def projected(a: Any, b: Any) -> Any:
+        left, right = blocks.packed_factors(a, b, blocks.scale_of(spec), spec.mixer)
+        return (jnp.matmul(left, right, precision="highest") * product).sum()
+
+    for found, expected in zip((to_a, to_b), jax.grad(projected, (0, 1))(a, b), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
+
+
+def layers(spec: AdapterSpec, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """Two layers, equal but for their strategy."""
+    made = {}
+    _, _, a, b, _ = arrays(spec)
+    for strategy in ("batched", "merged"):
+        layer = mj.MELoRADense(
+            D_IN,
+            D_OUT,
+            n=spec.n,
+            r=spec.r,
+            alpha=spec.alpha,
+            mixer=spec.mixer,
+            strategy=strategy,
+            param_dtype=dtype,
+            dtype=dtype,
+            rngs=nnx.Rngs(0),
+        )
+        layer.a[...], layer.b[...] = jnp.asarray(a) / 4, jnp.asarray(b) / 4
+        layer.base.bias[...] = jnp.linspace(-1, 1, D_OUT).astype(dtype)
+        made[strategy] = layer
+    return made
+
+
+def through(layer: Any, transform: Any) -> Any:
+    """The output's sum of squares and the gradients of the factors and the input, through a transform of the layer."""
+    graphdef, trainable, frozen = nnx.split(layer, nnx.Param, ...)
+    x = jnp.asarray(arrays(SPECS["one"])[0], layer.base.kernel[...].dtype)
+
+    @jax.jit
+    def value_and_gradients(trainable: Any, x: Any) -> Any:
+        def loss(trainable: Any, x: Any) -> Any:
+            def call(x: Any) -> Any:
+                return nnx.merge(graphdef, trainable, frozen, copy=True)(x)
+
+            return (transform(call)(x).astype(jnp.float32) ** 2).sum()
+
+        return jax.value_and_grad(loss, (0, 1))(trainable, x)
+
+    return value_and_gradients(trainable, x)
+
+
+def scanned(call: Any) -> Any:
+    return lambda x: jax.lax.scan(lambda carry, row: (carry, call(row)), 0, x)[1]
+
+
+TRANSFORMS = {"plain": lambda call: call, "remat": jax.checkpoint, "scan": scanned, "vmap": jax.vmap}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", ["mixed ranks, by blocks", "shuffle"])
+def test_a_layer_is_the_batched_one(name: str, transform: str) -> None:
+    found, expected = (through(layer, TRANSFORMS[transform]) for layer in reversed(layers(SPECS[name]).values()))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-3), found, expected)
+
+
+def test_in_bfloat16_an_update_too_small_for_the_kernels_digits_still_acts() -> None:
+    made = layers(SPECS["mixed ranks, by blocks"], jnp.bfloat16)
+    for layer in made.values():
+        layer.b[...] = layer.b[...] * 1e-4
+    x = jnp.asarray(arrays(SPECS["one"])[0], jnp.bfloat16)
+    merged = made["merged"]
+    y = nnx.jit(lambda layer, x: layer(x))(merged, x)
+    assert y.dtype == jnp.bfloat16
+    wide = np.asarray(x, np.float64) @ (np.asarray(merged.base.kernel[...], np.float64) + np.asarray(merged.delta()))
+    np.testing.assert_allclose(y.astype(jnp.float32), wide + np.asarray(merged.base.bias[...]), rtol=2**-7, atol=2**-7)
+    found, expected = (through(layer, TRANSFORMS["plain"])[1] for layer in (merged, made["batched"]))
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        one, other = (np.asarray(x, np.float32) for x in (one, other))
+        assert abs(one - other).max() < 0.03 * abs(other).max()
+    kernel, delta = merged.base.kernel[...], merged.delta()
+    assert ((kernel + delta.astype(jnp.bfloat16)) == kernel).mean() > 0.5  # a sum in bfloat16 would have lost it
+
+
+def test_auto_takes_it_for_many_latents_and_says_so() -> None:
+    def strategy(**settings: Any) -> str:
+        return mj.MELoRADense(48, 48, **({"n": 8, "r": 8} | settings), rngs=nnx.Rngs(0)).strategy
+
+    assert strategy() == "merged"
+    assert strategy(r=1) == "packed"
+    assert strategy(dropout=0.1) == "batched"
+    assert strategy(dtype=jnp.bfloat16) == "batched"
+    assert strategy(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16) == "batched"
+    assert strategy(dtype=jnp.bfloat16, strategy="merged") == "merged"
+    assert strategy(strategy="packed") == "packed"
+
+
+def test_few_tokens_do_not_form_the_sum_under_auto() -> None:
+    layer = mj.MELoRADense(48, 48, n=8, r=8, rngs=nnx.Rngs(0))
+    forms = {
+        tokens: "custom_vjp_call" in str(jax.make_jaxpr(lambda x: layer(x))(jnp.ones((tokens, 48))))
+        for tokens in (1, blocks.MERGED_TOKENS - 1, blocks.MERGED_TOKENS)
+    }
+    assert list(forms.values()) == [False, False, True]
+
+
+def test_a_quantised_base_is_summed_where_that_is_asked_for() -> None:
+    pytest.importorskip("qwix")
+    outputs = {}
+    for strategy in ("batched", "merged"):
+        model = nnx.Sequential(nnx.Linear(64, 48, rngs=nnx.Rngs(0)))
+        mj.quantize(model, "int8")
+        config = mj.MELoRAConfig(n=4, r=2, targets=["layers/0"], strategy=strategy)
+        (site,) = mj.adapt(model, config, rngs=nnx.Rngs(1)).sites
+        assert site.strategy == strategy
+        model.layers[0].b[...] = jnp.ones_like(model.layers[0].b[...])
+        outputs[strategy] = nnx.jit(lambda model, x: model(x))(model, jnp.linspace(-1, 1, 192).reshape(3, 64))
+    np.testing.assert_allclose(outputs["merged"], outputs["batched"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("layer", "why"),
+    [
+        (lambda: nnx.Embed(6, 4, rngs=nnx.Rngs(0)), "a Embed is no dense layer nnx.Linear"),
+        (
+            lambda: nnx.Linear(
+                6, 4, dot_general=lambda *given, **options: jax.lax.dot_general(*given), rngs=nnx.Rngs(0)
+            ),
+            "the layer has a dot_general of its own",
+        ),
+    ],
+)
+def test_what_has_no_kernel_to_sum_is_refused(layer: Any, why: str) -> None:
+    spec = mj.MELoRAConfig(n=2, r=1, targets=["here"], strategy="merged").spec("here")
+    with pytest.raises(ValueError, match=re.escape(f'strategy="merged" at here: {why}; use strategy="batched"')):
+        mj.MELoRADense.wrap(layer(), spec, path="here", rngs=nnx.Rngs(0))

@@ -1,0 +1,60 @@
+"""How much arithmetic a model is: the multiplications and additions of its matrix products."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+# The fastest dense bfloat16 products of a device, FLOP/s, from its maker's data sheet; by a part of the device's kind.
+_PEAKS = {
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+
+def forward_flops(function: Callable[..., Any], *arguments: Any) -> int:
+    """FLOPs of the matrix products that a function of arrays (or of their shapes) takes, loops counted out.
+
+    >>> import jax.numpy as jnp
+    >>> forward_flops(lambda x, w: x @ w, jnp.ones((3, 5)), jnp.ones((5, 7)))
+    210
+    """
+    return _flops(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def peak_flops(kind: str, dtype: str) -> float | None:
+    """A device's peak for products in `dtype`; None where it is not known.
+
+    >>> peak_flops("NVIDIA H100 80GB HBM3", "bfloat16"), peak_flops("cpu", "float32")
+    (989000000000000.0, None)
+    """
+    return next((peak for part, peak in _PEAKS.items() if part in kind), None) if dtype == "bfloat16" else None
+
+
+def _flops(jaxpr: Jaxpr) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            inner = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
+        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        total += times * sum(_flops(inner) for inner in _inner(equation.params))
+    return total
+
+
+def _inner(params: dict[str, Any]) -> Iterator[Jaxpr]:
+    for value in params.values():
+        if isinstance(value, ClosedJaxpr):
+            yield value.jaxpr
+        elif isinstance(value, Jaxpr):
+            yield value
