@@ -20,6 +20,7 @@ USAGE = """usage: python -m train COMMAND ...
   generate MODEL [--adapter FOLDER] [--prompt TEXT]      answer prompts, by default those typed; --help lists all keys
   demo [--help]                                          compare head only, LoRA and MELoRA on real movie reviews
   demo-chat [--help]                                     tune a small chat model by LoRA and MELoRA; see it answer
+  eval MODEL --tasks mmlu,... [--adapter FOLDER]         score a decoder on lm-eval's tasks; --help lists all keys
   report FOLDER                                          write FOLDER/report.html again
   plan RECIPE.toml --device v5e-8 [...]                  say whether a run fits into memory, from shapes alone
   crash-test RECIPE.toml [--kills 30]                    kill a run at random moments, resume it, compare the ends
@@ -70,6 +71,13 @@ def command_generate(words: Sequence[str]) -> int:
     return generate(words)
 
 
+def command_eval(words: Sequence[str]) -> int:
+    """A decoder, plain or fine-tuned, on tasks of lm-eval."""
+    from train.harness.command import evaluate
+
+    return evaluate(words)
+
+
 def command_demo(words: Sequence[str]) -> int:
     """The four methods of `make demo`."""
     from train.demo import demo
@@ -118,6 +126,7 @@ def command_crash_test(words: Sequence[str]) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "run": command_run,
     "generate": command_generate,
+    "eval": command_eval,
     "demo": command_demo,
     "demo-chat": command_demo_chat,
     "report": command_report,

@@ -1,0 +1,197 @@
+"""`python -m train eval`: a model, plain or with its adapter, on tasks of lm-eval."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import tyro
+from jax.sharding import Mesh
+from rich.console import Console
+
+import melora_jax as mj
+from train.chat import adapter_folder, read_tokenizer
+from train.harness.results import Report, results_table, write_results
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Evaluates a model on tasks of lm-eval, or of train/tasks."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """A folder, a .gguf file or a hub id."""
+    tasks: str
+    """Names of tasks, groups or tags, with commas between them: mmlu,bbh,instructeval_drop."""
+    adapter: str | None = None
+    """A run's folder, or the folder of an adapter."""
+    limit: float | None = None
+    """So many rows of each task, or, below 1, that part of them."""
+    num_fewshot: int | None = None
+    """Shots of every task, but for those that have none; by default each task's own number."""
+    include_path: str | None = None
+    """A folder of further tasks, as lm-eval's YAML files. Python that they name is run: include what you trust."""
+    data: tuple[str, ...] = ()
+    """TASK=FOLDER: rows from local files, one for each split (test.jsonl), instead of the hub; may be repeated."""
+    output: str | None = None
+    """Folder for results.json."""
+    samples: bool = False
+    """Write every prompt, answer and score into samples.jsonl of the output folder too."""
+    batch_size: int = 8
+    """Prompts at once."""
+    max_length: int | None = None
+    """Tokens that a prompt and its answer may have; what is longer loses its first ones. By default the model's limit."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the model."""
+    seed: int = 0
+    """Seed of answers that are drawn."""
+    apply_chat_template: bool = False
+    """Put prompts into the tokenizer's chat template."""
+    system_instruction: str | None = None
+    """The system turn of the chat template, or what goes before each prompt without one."""
+    fewshot_as_multiturn: bool = False
+    """With the chat template: shots as turns of a conversation."""
+    run_generated_code: bool = False
+    """Run the code that the model writes, for the tasks that score it, in a sandbox: no files, network or processes."""
+    mesh: str | None = None
+    """Devices to share the work: data=2,fsdp=2,tensor=2, each 1 where it is left out."""
+
+
+def evaluate(words: Sequence[str]) -> int:
+    """Evaluates what the options say; returns the exit code."""
+    options = tyro.cli(Options, args=list(words), prog="python -m train eval")
+    _check(options)
+    _quiet()
+    evaluator = _evaluator()
+    from train.harness.model import JaxLM
+    from train.harness.sandbox import require_sandbox
+    from train.harness.tasks import choose_tasks, load_tasks, parse_data
+
+    names = list(dict.fromkeys(name.strip() for name in options.tasks.split(",") if name.strip()))
+    chosen = choose_tasks(names, None if options.include_path is None else Path(options.include_path))
+    data = parse_data(options.data, chosen)
+    if chosen.runs_code:
+        if not options.run_generated_code:
+            code = next(name for name, settings in chosen.leaves.items() if settings.get("unsafe_code"))
+            raise ValueError(f"{code} runs the code that the model writes; allow it with --run-generated-code")
+        require_sandbox()
+    mesh = _mesh(options.mesh)
+    tokenizer = read_tokenizer(options.model)
+    _check_tokenizer(options, tokenizer)
+    model, adaptation = _model(options, mesh)
+    loaded = load_tasks(chosen, data)
+    lm = JaxLM(
+        model,
+        tokenizer,
+        batch_size=options.batch_size,
+        max_length=options.max_length,
+        seed=options.seed,
+        mesh=mesh,
+    )
+    _prepare(loaded["tasks"], options, lm)
+    began = time.monotonic()
+    found = evaluator.evaluate(
+        lm=lm,
+        task_dict=loaded,
+        limit=options.limit,
+        log_samples=options.samples,
+        system_instruction=options.system_instruction,
+        apply_chat_template=options.apply_chat_template,
+        fewshot_as_multiturn=options.fewshot_as_multiturn,
+        confirm_run_unsafe_code=options.run_generated_code,
+    )
+    report = Report(dataclasses.asdict(options), adaptation, found, lm.shortened, time.monotonic() - began)
+    _show(report, options)
+    return 0
+
+
+def _check(options: Options) -> None:
+    if options.batch_size < 1:
+        raise ValueError(f"--batch-size {options.batch_size} must be at least 1")
+    if options.limit is not None and (options.limit <= 0 or (options.limit > 1 and options.limit % 1)):
+        raise ValueError(f"--limit {options.limit:g} must be a whole number of rows, or a part of them below 1")
+    if options.num_fewshot is not None and options.num_fewshot < 0:
+        raise ValueError(f"--num-fewshot {options.num_fewshot} must be at least 0")
+    if options.max_length is not None and options.max_length < 2:
+        raise ValueError(f"--max-length {options.max_length} must be at least 2")
+    if options.samples and options.output is None:
+        raise ValueError("--samples are written into the output folder; give one with --output")
+    if options.output is not None and Path(options.output).is_file():
+        raise ValueError(f"--output {options.output} is a file; give a folder")
+    if options.fewshot_as_multiturn and not options.apply_chat_template:
+        raise ValueError("--fewshot-as-multiturn makes turns of shots; add --apply-chat-template")
+
+
+def _check_tokenizer(options: Options, tokenizer: Any) -> None:
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {options.model!r} has no token that ends a text; set its eos_token")
+    if options.apply_chat_template and not tokenizer.chat_template:
+        raise ValueError(f"the tokenizer of {options.model!r} has no chat template; leave out --apply-chat-template")
+
+
+def _quiet() -> None:
+    """lm-eval's notes on settings that it was given on purpose; and nothing may let its tasks run generated code."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    os.environ.pop("HF_ALLOW_CODE_EVAL", None)
+
+
+def _evaluator() -> Any:
+    try:
+        from lm_eval import evaluator
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"evaluation needs a package that is missing ({error.name}); install it with: pip install 'melora_jax[eval]',"
+            " or make eval"
+        ) from error
+    return evaluator
+
+
+def _mesh(sizes: str | None) -> Mesh | None:
+    if sizes is None:
+        return None
+    axes: dict[str, int] = {}
+    for word in sizes.split(","):
+        name, _, size = word.partition("=")
+        if name not in ("data", "fsdp", "tensor") or name in axes or not size.removeprefix("-").isdigit():
+            raise ValueError(f"--mesh {sizes} is not of the form data=2,fsdp=2,tensor=2")
+        axes[name] = int(size)
+    return mj.make_mesh(**axes)
+
+
+def _model(options: Options, mesh: Mesh | None) -> tuple[Any, dict[str, Any] | None]:
+    """The model with its adapter, and what there is to say of the adapter."""
+    if options.adapter is not None and not adapter_folder(options.adapter).is_dir():
+        raise ValueError(f"no adapter at {options.adapter}; give a run's folder, or that of an adapter")
+    model: Any = mj.from_pretrained(options.model, task="causal-lm", dtype=options.dtype, mesh=mesh)
+    if options.adapter is None:
+        return model, None
+    adaptation = mj.load_adapter(model, adapter_folder(options.adapter))
+    return model, adaptation.to_dict()
+
+
+def _prepare(tasks: dict[str, Any], options: Options, lm: Any) -> None:
+    """What lm-eval's own command sets in each task."""
+    for name, task in tasks.items():
+        own = task.get_config("num_fewshot")
+        asked = own if options.num_fewshot is None or own == 0 else options.num_fewshot
+        task.set_config("num_fewshot", asked or 0)
+        task.set_fewshot_seed(seed=1234)  # lm-eval's own
+        if hasattr(task, "count_tokens"):
+            if options.apply_chat_template or options.system_instruction is not None:
+                raise ValueError(f"{name} has a protocol without chat template and system instruction; leave them out")
+            task.count_tokens = lambda text: len(lm.tok_encode(text))
+
+
+def _show(report: Report, options: Options) -> None:
+    console = Console()
+    console.print(results_table(report))
+    if report.shortened:
+        console.print(f"{report.shortened:,} requests were longer than the model takes and lost their first tokens")
+    console.print(f"{report.seconds:.0f} s on {jax.device_count()} {jax.default_backend()} device(s)", highlight=False)
+    if options.output is not None:
+        console.print(f"results: {write_results(report, Path(options.output))}", soft_wrap=True, highlight=False)
