@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from train.assets import assets_cache, fetch_human_eval
-from train.harness.instructeval import first_function
 from train.harness.sandbox import run_program
+
+_CODE_PREFIX = (
+    "Please complete the following Python code without providing any additional tasks such as testing or explanations\n"
+)
 
 
 def human_eval(**_: Any) -> Any:
@@ -36,3 +39,18 @@ def pass_at_1(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
 def first_function_pass_at_1(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
     """The same for the part of the answer that INSTRUCTEVAL keeps."""
     return pass_at_1(doc, [first_function(results[0])])
+
+
+def code_prompt(doc: dict[str, Any]) -> str:
+    """HumanEval's prompt after the line that INSTRUCTEVAL puts before it."""
+    return _CODE_PREFIX + doc["prompt"]
+
+
+def first_function(answer: str) -> str:
+    r"""What INSTRUCTEVAL keeps of an answer: its text up to the first blank line, odd indents made even.
+
+    >>> first_function("\n   return 1\n\nprint(2)")
+    '    return 1'
+    """
+    lines = [" " * ((len(line) - len(line.lstrip(" "))) % 2) + line for line in answer.split("\n")]
+    return "\n".join(lines).lstrip("\n").split("\n\n")[0]

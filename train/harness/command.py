@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import logging
 import os
 import time
@@ -170,8 +172,12 @@ def _model(options: Options, mesh: Mesh | None) -> tuple[Any, dict[str, Any] | N
     model: Any = mj.from_pretrained(options.model, task="causal-lm", dtype=options.dtype, mesh=mesh)
     if options.adapter is None:
         return model, None
-    adaptation = mj.load_adapter(model, adapter_folder(options.adapter))
-    return model, adaptation.to_dict()
+    folder = adapter_folder(options.adapter)
+    adaptation = mj.load_adapter(model, folder)
+    facts = json.loads((folder / "melora_config.json").read_text(encoding="utf-8"))
+    tensors = hashlib.sha256((folder / "melora_adapter.safetensors").read_bytes()).hexdigest()
+    sizes = {"parameters": adaptation.adapter, "head_parameters": adaptation.head}
+    return model, {"folder": str(folder), "sha256": tensors, **sizes, "config": facts["config"]}
 
 
 def _prepare(tasks: dict[str, Any], options: Options, lm: Any) -> None:

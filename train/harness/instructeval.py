@@ -13,9 +13,6 @@ from typing import Any
 from lm_eval.api.task import ConfigurableTask
 
 _LETTERS = "ABCD"
-_CODE_PREFIX = (
-    "Please complete the following Python code without providing any additional tasks such as testing or explanations\n"
-)
 
 
 class InstructEvalTask(ConfigurableTask):
@@ -148,18 +145,3 @@ class Bbh(InstructEvalTask):
         """The rows that are no shots."""
         rows = self.dataset[self.config.test_split]
         return rows.select(range(self.config.num_fewshot or 0, len(rows)))
-
-
-def code_prompt(doc: dict[str, Any]) -> str:
-    """HumanEval's prompt after the line that the protocol puts before it."""
-    return _CODE_PREFIX + doc["prompt"]
-
-
-def first_function(answer: str) -> str:
-    r"""What the protocol keeps of an answer: its text up to the first blank line, odd indents made even.
-
-    >>> first_function("\n   return 1\n\nprint(2)")
-    '    return 1'
-    """
-    lines = [" " * ((len(line) - len(line.lstrip(" "))) % 2) + line for line in answer.split("\n")]
-    return "\n".join(lines).lstrip("\n").split("\n\n")[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,8 @@ def choose_tasks(names: Sequence[str], include: Path | None) -> Chosen:
     if include is not None and not include.is_dir():
         raise ValueError(f"no folder at {include}; --include-path takes a folder of lm-eval's YAML files")
     manager = TaskManager(include_path=TASKS, include_defaults=False)
-    # to read lm-eval's own 14,000 files takes seconds
     if include is not None or any(name not in manager.task_index for name in names):
-        manager = TaskManager(include_path=[TASKS, *([] if include is None else [include])])
+        manager = _all_tasks(include)
     unknown = [name for name in names if name not in manager.task_index]
     if unknown:
         near = difflib.get_close_matches(unknown[0], manager.all_tasks, n=3)
@@ -64,6 +64,12 @@ def choose_tasks(names: Sequence[str], include: Path | None) -> Chosen:
                 " instructeval_humaneval, which run it in a sandbox"
             )
     return Chosen(tuple(names), leaves, manager)
+
+
+@functools.cache
+def _all_tasks(include: Path | None) -> TaskManager:
+    """lm-eval's own 14,000 tasks too, which take seconds to find."""
+    return TaskManager(include_path=[TASKS, *([] if include is None else [include])])
 
 
 def _leaves(manager: TaskManager, name: str, over: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -1,0 +1,233 @@
+"""`python -m train eval`: the scores it prints and writes, and what it refuses before work begins."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from chat import CHATML, byte_tokenizer
+from flax import nnx
+from rich.console import Console
+from test_generate_command import talker
+from tiny import stirred
+
+import melora_jax as mj
+from train.__main__ import main
+from train.harness.progress import Progress
+
+pytest.importorskip("lm_eval")
+
+BYTES = byte_tokenizer(CHATML)
+SENTENCES = ["ab", "b a", "aab b", "b", "a", "bb ab"]
+YAML = """
+task: own_task
+custom_dataset: !function rows.rows
+output_type: generate_until
+test_split: test
+doc_to_text: "{{text}}"
+doc_to_target: "{{answer}}"
+generation_kwargs:
+  until: ["zz"]
+  max_gen_toks: 5
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A random Llama with a tokenizer of bytes and a ChatML template."""
+    folder = tmp_path_factory.mktemp("eval") / "model"
+    mj.save_pretrained(talker(), folder)
+    BYTES.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(folder) -> Path:
+    model = mj.from_pretrained(folder, task="causal-lm")
+    mj.adapt(model, mj.MELoRAConfig(n=2, r=1, targets=["q_proj", "v_proj", "down_proj"]), rngs=nnx.Rngs(0))
+    mj.save_adapter(stirred(model), folder.parent / "adapter")
+    return folder.parent / "adapter"
+
+
+@pytest.fixture(scope="module")
+def reviews(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("reviews")
+    for split, sentences in (("train", SENTENCES[:1]), ("validation", SENTENCES)):
+        rows = ({"sentence": one, "label": number % 2} for number, one in enumerate(sentences))
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def evaluated(capsys, *words: object) -> str:
+    assert main(["eval", *map(str, words)]) == 0
+    return capsys.readouterr().out
+
+
+def refused(capsys, *words: object) -> str:
+    assert main(["eval", *map(str, words)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    return printed.err.strip().split("\n")[-1]
+
+
+def accuracy(model: Any, shot: str) -> float:
+    """By whole forward passes: how often the right word is the likelier one."""
+    right = []
+    for number, sentence in enumerate(SENTENCES):
+        prompt = f"{shot}Review: {sentence}\nSentiment:"
+        scores = []
+        for word in (" negative", " positive"):
+            start, ids = len(BYTES(prompt)["input_ids"]), BYTES(prompt + word)["input_ids"]
+            table = np.asarray(jax.nn.log_softmax(model(np.array([ids]))[0]))
+            scores.append(sum(table[place - 1, ids[place]] for place in range(start, len(ids))))
+        right.append(int(np.argmax(scores)) == number % 2)
+    return float(np.mean(right))
+
+
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_scores_are_printed_and_written(folder, adapter, reviews, tmp_path, capsys, with_adapter):
+    model = mj.from_pretrained(folder, task="causal-lm")
+    added = ()
+    if with_adapter:
+        mj.load_adapter(model, adapter)
+        added = ("--adapter", adapter)
+    shot = f"Review: {SENTENCES[0]}\nSentiment: negative\n\n"
+    expected = accuracy(model, shot)
+    words = ("--tasks", "movie_reviews", "--data", f"movie_reviews={reviews}", "--num-fewshot", 1, "--samples")
+    printed = evaluated(capsys, folder, *words, "--output", tmp_path, *added)
+    assert f"{expected:.4f}" in printed
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["scores"]["movie_reviews"]["acc"]["value"] == expected
+    error = np.std([1.0] * round(6 * expected) + [0.0] * round(6 * (1 - expected)), ddof=1) / 6**0.5
+    np.testing.assert_allclose(found["scores"]["movie_reviews"]["acc"]["stderr"], error)
+    assert found["rows"]["movie_reviews"] == {"original": 6, "effective": 6}
+    assert (found["shots"], found["requests_shortened"]) == ({"movie_reviews": 1}, 0)
+    assert found["versions"]["jax"] == jax.__version__
+    assert found["settings"]["num_fewshot"] == 1
+    if with_adapter:
+        assert found["adapter"]["config"]["n"] == 2
+        assert found["adapter"]["parameters"] == mj.describe(model).adapter
+    else:
+        assert found["adapter"] is None
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [sample["doc"]["sentence"] for sample in samples] == SENTENCES
+    assert samples[2]["arguments"][0][0] == f"{shot}Review: {SENTENCES[2]}\nSentiment:"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json", "samples.jsonl"]
+
+
+def test_own_tasks_are_included_and_a_limit_is_kept(folder, tmp_path, capsys):
+    own = tmp_path / "own"
+    own.mkdir()
+    model = mj.from_pretrained(folder, task="causal-lm")
+    said = []
+    for text in SENTENCES:
+        tokens = mj.generate(model, [BYTES(text)["input_ids"]], max_new_tokens=5).tokens[0]
+        said.append(BYTES.decode(tokens, skip_special_tokens=True))
+    answers = [said[0], "no", said[2], *said[3:]]
+    rows = [{"text": text, "answer": answer} for text, answer in zip(SENTENCES, answers, strict=True)]
+    (own / "own.yaml").write_text(YAML)
+    (own / "rows.py").write_text(f"import datasets\ndef rows(**_):\n    return {{'test': datasets.Dataset.from_list({rows})}}\n")
+    words = ("--tasks", "own_task", "--include-path", own, "--output", tmp_path / "out")
+    evaluated(capsys, folder, *words, "--limit", 4, "--batch-size", 2)
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["scores"] == {"own_task": {"exact_match": {"value": 0.75, "stderr": 0.25}}}
+    assert found["rows"]["own_task"] == {"original": 6, "effective": 4}
+    (own / "own.yaml").write_text(YAML.replace("max_gen_toks: 5", "num_beams: 3"))
+    assert "task own_task: generation setting 'num_beams'" in refused(capsys, folder, *words)
+    (own / "own.yaml").write_text(YAML.replace("generation_kwargs", "unsafe_code: true\ngeneration_kwargs"))
+    from train.harness.tasks import _all_tasks
+
+    _all_tasks.cache_clear()
+    assert "own_task runs generated code in the process of the evaluation" in refused(capsys, folder, *words)
+    # lm-eval's own tasks and names
+    lm_evals = (folder, "--include-path", own, "--tasks")
+    assert "there is no task 'mlmu'; perhaps mmlu" in refused(capsys, *lm_evals, "mlmu")
+    assert "mbpp runs generated code" in refused(capsys, *lm_evals, "mbpp", "--run-generated-code")
+    assert "the tasks can't be loaded" in refused(capsys, *lm_evals, "mmlu_anatomy")
+
+
+def test_generated_code_is_run_on_request_alone(folder, capsys, tmp_path, human_eval_file):
+    one = tmp_path / "humaneval"
+    one.mkdir()
+    first = human_eval_file.read_text().split("\n")[0]
+    short = json.dumps(json.loads(first) | {"prompt": "def f():\n", "test": "def check(f): pass", "entry_point": "f"})
+    (one / "test.jsonl").write_text(short + "\n")
+    words = (folder, "--tasks", "instructeval_humaneval", "--data", f"instructeval_humaneval={one}")
+    assert "allow it with --run-generated-code" in refused(capsys, *words)
+    assert "leave no room" in failed(capsys, *words, "--run-generated-code")
+
+
+def failed(capsys, *words: object) -> str:
+    assert main(["eval", *map(str, words)]) == 1
+    return capsys.readouterr().err.strip().split("\n")[-1]
+
+
+def test_what_is_refused(folder, adapter, reviews, capsys, tmp_path, minilm_folder):
+    words = ("--tasks", "movie_reviews", "--data", f"movie_reviews={reviews}")
+    for option, value, message in [
+        ("--tasks", ",", "which tasks?"),
+        ("--batch-size", 0, "must be at least 1"),
+        ("--limit", 0, "a whole number of rows"),
+        ("--limit", 2.5, "a whole number of rows"),
+        ("--num-fewshot", -1, "at least 0"),
+        ("--max-length", 1, "at least 2"),
+        ("--include-path", tmp_path / "none", "no folder at"),
+        ("--data", "mmlu=x", "must be TASK=FOLDER with TASK one of movie_reviews"),
+        ("--data", "movie_reviews=none", "no folder at none"),
+        ("--data", f"movie_reviews={tmp_path}", "holds no data"),
+        ("--adapter", tmp_path / "none", "no adapter at"),
+        ("--mesh", "data=2,rows=3", "not of the form"),
+        ("--mesh", "data=97", "needs 97 devices"),
+    ]:
+        assert message in refused(capsys, folder, *words, option, value), option
+    assert "give one with --output" in refused(capsys, folder, *words, "--samples")
+    assert "add --apply-chat-template" in refused(capsys, folder, *words, "--fewshot-as-multiturn")
+    assert "has a protocol" in refused(capsys, folder, "--tasks", "instructeval_bbh_snarks", "--data", f"instructeval_bbh_snarks={bbh(tmp_path)}", "--apply-chat-template")
+    # another model's adapter, an encoder
+    wide = tmp_path / "wide"
+    other = talker_of_another_width()
+    mj.adapt(other, mj.MELoRAConfig(n=1, r=1, targets=["q_proj"]), rngs=nnx.Rngs(0))
+    mj.save_adapter(other, wide)
+    assert "shape" in refused(capsys, folder, *words, "--adapter", wide)
+    assert "causal-lm" in refused(capsys, minilm_folder, *words)
+    plain = tmp_path / "plain"
+    mj.save_pretrained(talker(), plain)
+    byte_tokenizer(None).save_pretrained(plain)
+    assert "has no chat template" in refused(capsys, plain, *words, "--apply-chat-template")
+
+
+def bbh(folder: Path) -> Path:
+    (folder / "bbh").mkdir()
+    rows = [json.dumps({"input": f"i{number}", "target": "t"}) + "\n" for number in range(5)]
+    (folder / "bbh" / "test.jsonl").write_text("".join(rows))
+    return folder / "bbh"
+
+
+def talker_of_another_width() -> Any:
+    from decoder_fixtures import random_decoder
+
+    return random_decoder("smollm2", {"hidden_size": 48, "num_hidden_layers": 1})
+
+
+def test_without_lm_eval_the_extra_is_named(folder, capsys, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
+    assert "melora_jax[eval]" in refused(capsys, folder, "--tasks", "movie_reviews")
+
+
+def test_progress_says_how_long_it_will_take(tmp_path):
+    with (tmp_path / "log").open("w") as file:
+        times = iter([0.0, 4.0, 12.0, 20.0])
+        with Progress("answers", 10, console=Console(file=file), clock=lambda: next(times)) as progress:
+            for count in (2, 4, 4):
+                progress.advance(count)
+    assert (tmp_path / "log").read_text() == "answers 6/10  12 s  ETA 8 s\nanswers 10/10  20 s  ETA 0 s\n"
+
+
