@@ -33,7 +33,8 @@ doc_to_target: "{{answer}}"
 generation_kwargs:
   until: ["zz"]
   max_gen_toks: 5
-metric_list:
+"""
+METRIC = """metric_list:
   - metric: exact_match
     aggregation: mean
     higher_is_better: true
@@ -133,23 +134,23 @@ def test_own_tasks_are_included_and_a_limit_is_kept(folder, tmp_path, capsys):
         said.append(BYTES.decode(tokens, skip_special_tokens=True))
     answers = [said[0], "no", said[2], *said[3:]]
     rows = [{"text": text, "answer": answer} for text, answer in zip(SENTENCES, answers, strict=True)]
-    (own / "own.yaml").write_text(YAML)
-    (own / "rows.py").write_text(f"import datasets\ndef rows(**_):\n    return {{'test': datasets.Dataset.from_list({rows})}}\n")
+    others = {"beams": "  num_beams: 3", "code": "unsafe_code: true"}
+    (own / "own.yaml").write_text(YAML + METRIC)
+    for name, line in others.items():
+        (own / f"{name}.yaml").write_text(YAML.replace("own_task", f"{name}_task") + f"{line}\n" + METRIC)
+    (own / "rows.py").write_text(
+        f"import datasets\ndef rows(**_):\n    return {{'test': datasets.Dataset.from_list({rows})}}\n"
+    )
     words = ("--tasks", "own_task", "--include-path", own, "--output", tmp_path / "out")
     evaluated(capsys, folder, *words, "--limit", 4, "--batch-size", 2)
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert found["scores"] == {"own_task": {"exact_match": {"value": 0.75, "stderr": 0.25}}}
     assert found["rows"]["own_task"] == {"original": 6, "effective": 4}
-    (own / "own.yaml").write_text(YAML.replace("max_gen_toks: 5", "num_beams: 3"))
-    assert "task own_task: generation setting 'num_beams'" in refused(capsys, folder, *words)
-    (own / "own.yaml").write_text(YAML.replace("generation_kwargs", "unsafe_code: true\ngeneration_kwargs"))
-    from train.harness.tasks import _all_tasks
-
-    _all_tasks.cache_clear()
-    assert "own_task runs generated code in the process of the evaluation" in refused(capsys, folder, *words)
-    # lm-eval's own tasks and names
     lm_evals = (folder, "--include-path", own, "--tasks")
-    assert "there is no task 'mlmu'; perhaps mmlu" in refused(capsys, *lm_evals, "mlmu")
+    assert "task beams_task: generation setting 'num_beams'" in refused(capsys, *lm_evals, "beams_task")
+    assert "code_task runs generated code in the process of the evaluation" in refused(capsys, *lm_evals, "code_task")
+    # lm-eval's own tasks and names
+    assert "there is no task 'mmlu_anatomi'; perhaps mmlu_anatomy," in refused(capsys, *lm_evals, "mmlu_anatomi")
     assert "mbpp runs generated code" in refused(capsys, *lm_evals, "mbpp", "--run-generated-code")
     assert "the tasks can't be loaded" in refused(capsys, *lm_evals, "mmlu_anatomy")
 
@@ -190,13 +191,21 @@ def test_what_is_refused(folder, adapter, reviews, capsys, tmp_path, minilm_fold
         assert message in refused(capsys, folder, *words, option, value), option
     assert "give one with --output" in refused(capsys, folder, *words, "--samples")
     assert "add --apply-chat-template" in refused(capsys, folder, *words, "--fewshot-as-multiturn")
-    assert "has a protocol" in refused(capsys, folder, "--tasks", "instructeval_bbh_snarks", "--data", f"instructeval_bbh_snarks={bbh(tmp_path)}", "--apply-chat-template")
+    assert "has a protocol" in refused(
+        capsys,
+        folder,
+        "--tasks",
+        "instructeval_bbh_snarks",
+        "--data",
+        f"instructeval_bbh_snarks={bbh(tmp_path)}",
+        "--apply-chat-template",
+    )
     # another model's adapter, an encoder
     wide = tmp_path / "wide"
     other = talker_of_another_width()
     mj.adapt(other, mj.MELoRAConfig(n=1, r=1, targets=["q_proj"]), rngs=nnx.Rngs(0))
     mj.save_adapter(other, wide)
-    assert "shape" in refused(capsys, folder, *words, "--adapter", wide)
+    assert "is for another model" in refused(capsys, folder, *words, "--adapter", wide)
     assert "causal-lm" in refused(capsys, minilm_folder, *words)
     plain = tmp_path / "plain"
     mj.save_pretrained(talker(), plain)
@@ -229,5 +238,3 @@ def test_progress_says_how_long_it_will_take(tmp_path):
             for count in (2, 4, 4):
                 progress.advance(count)
     assert (tmp_path / "log").read_text() == "answers 6/10  12 s  ETA 8 s\nanswers 10/10  20 s  ETA 0 s\n"
-
-

@@ -48,9 +48,7 @@ def mmlu(tmp_path) -> Path:
 def test_mmlu_has_five_shots_of_the_subject(mmlu):
     task = load("instructeval_mmlu", mmlu)
     doc = task.eval_docs[1]
-    shots = "".join(
-        f"q{n}?\nA. c{n}w\nB. c{n}x\nC. c{n}y\nD. c{n}z\nAnswer: {'ABCD'[n % 4]}\n\n" for n in range(5)
-    )
+    shots = "".join(f"q{n}?\nA. c{n}w\nB. c{n}x\nC. c{n}y\nD. c{n}z\nAnswer: {'ABCD'[n % 4]}\n\n" for n in range(5))
     heading = "The following are multiple choice questions (with answers) about  anatomy.\n\n"
     question = "q90?\nA. c90w\nB. c90x\nC. c90y\nD. c90z\nAnswer:"
     assert prompt_of(task, doc) == heading + shots + question
@@ -77,7 +75,10 @@ def test_drop_asks_what_annotators_agree_on_and_not_of_the_shots_passages(tmp_pa
         {
             "passage": f" p{number // 2} ",
             "question": f"q{number}? ",
-            "answers_spans": {"spans": ["no", "yes"] if number % 5 == 4 else [f"a{number} "] * 2, "types": ["span"] * 2},
+            "answers_spans": {
+                "spans": ["no", "yes"] if number % 5 == 4 else [f"a{number} "] * 2,
+                "types": ["span"] * 2,
+            },
         }
         for number in range(30)
     ]
@@ -115,7 +116,9 @@ def test_bbh_shows_its_first_rows_and_asks_the_others(tmp_path):
 def test_bbh_is_the_mean_of_27_tasks():
     chosen = choose_tasks(["instructeval_bbh"], None)
     assert len(chosen.leaves) == 27
-    assert all(settings["dataset_name"] == name.removeprefix("instructeval_bbh_") for name, settings in chosen.leaves.items())
+    assert all(
+        settings["dataset_name"] == name.removeprefix("instructeval_bbh_") for name, settings in chosen.leaves.items()
+    )
     group = chosen.manager.task_index["instructeval_bbh"].cfg
     assert group is not None
     assert group["aggregate_metric_list"] == [{"metric": "acc", "aggregation": "mean", "weight_by_size": False}]
@@ -143,7 +146,9 @@ def test_code_passes_where_its_tests_do():
         "test": "def check(f):\n    assert f(2) == 4\n    assert f(0) == 0",
         "entry_point": "twice",
     }
-    assert program_of(doc, "    return 2 * x").endswith("    return 2 * x\ndef check(f):\n    assert f(2) == 4\n    assert f(0) == 0\ncheck(twice)")
+    assert program_of(doc, "    return 2 * x").endswith(
+        "    return 2 * x\ndef check(f):\n    assert f(2) == 4\n    assert f(0) == 0\ncheck(twice)"
+    )
     answers = ("    return 2 * x", "    return x + 2", "    return x +", "    import os; os._exit(0)")
     assert [pass_at_1(doc, [answer])["pass@1"] for answer in answers] == [1.0, 0.0, 0.0, 0.0]
 

@@ -34,13 +34,17 @@ def test_a_program_that_ends_has_passed_and_nothing_else_has():
     assert run_program("x = '\ud800'").passed is False
 
 
-@pytest.mark.parametrize("leaving", ["import sys; sys.exit(0)", "import os; os._exit(0)", "raise SystemExit", "exit(0)"])
+@pytest.mark.parametrize(
+    "leaving", ["import sys; sys.exit(0)", "import os; os._exit(0)", "raise SystemExit", "exit(0)"]
+)
 def test_a_program_that_leaves_before_its_end_has_not_passed(leaving):
     assert not run_program(f"{leaving}\nassert False").passed
 
 
 def test_what_it_prints_and_reads_is_nothing():
-    assert run_program("print('x' * 10**6)\nimport sys\nassert sys.stdin.read() == ''\nprint('y', file=sys.stderr)").passed
+    assert run_program(
+        "print('x' * 10**6)\nimport sys\nassert sys.stdin.read() == ''\nprint('y', file=sys.stderr)"
+    ).passed
 
 
 @pytest.mark.parametrize(
@@ -80,7 +84,10 @@ def test_files_of_others_can_not_be_read(tmp_path):
     path.write_text("secret")
     assert run_program(f"open({str(path)!r}).read()") == Outcome(False, "PermissionError")
     assert run_program(f"import os; os.listdir({str(tmp_path)!r})") == Outcome(False, "PermissionError")
-    assert run_program("import os; assert os.listdir() == ['program.py'] and set(os.environ) <= {'LC_CTYPE'}").passed is True
+    assert (
+        run_program("import os; assert os.listdir() == ['program.py'] and set(os.environ) <= {'LC_CTYPE'}").passed
+        is True
+    )
 
 
 @pytest.mark.parametrize(

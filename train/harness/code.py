@@ -1,4 +1,4 @@
-"""HumanEval (Chen et al. 2021): functions that a model completes, and the tests that they have to pass in the sandbox."""
+"""HumanEval (Chen et al. 2021): functions that a model completes, and tests for them to pass in the sandbox."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class Options:
     batch_size: int = 8
     """Prompts at once."""
     max_length: int | None = None
-    """Tokens that a prompt and its answer may have; what is longer loses its first ones. By default the model's limit."""
+    """Tokens of a prompt and its answer; what is longer loses its first ones. By default the model's limit."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the model."""
     seed: int = 0
@@ -83,6 +83,7 @@ def evaluate(words: Sequence[str]) -> int:
             raise ValueError(f"{code} runs the code that the model writes; allow it with --run-generated-code")
         require_sandbox()
     mesh = _mesh(options.mesh)
+    mj.abstract_model(options.model, task="causal-lm")  # an encoder is found before its tokenizer is asked for
     tokenizer = read_tokenizer(options.model)
     _check_tokenizer(options, tokenizer)
     model, adaptation = _model(options, mesh)
@@ -147,8 +148,8 @@ def _evaluator() -> Any:
         from lm_eval import evaluator
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"evaluation needs a package that is missing ({error.name}); install it with: pip install 'melora_jax[eval]',"
-            " or make eval"
+            f"evaluation needs a package that is missing ({error.name}); install it with: pip install"
+            " 'melora_jax[eval]', or make eval"
         ) from error
     return evaluator
 

@@ -1,8 +1,9 @@
 """Runs one program with almost no rights; a process of its own, started by `sandbox.py`, with nothing but Python.
 
 The kernel holds the limits, not Python: a list of the system calls that computing needs (seccomp), where any other one
-ends the process; no file but Python's own library can be read (Landlock), and none written, made or removed; no network,
-no further process or thread, no signal; and limits on time and memory. x86-64 Linux alone: the numbers are its own.
+ends the process; no file but Python's own library can be read (Landlock), and none written, made or removed; no
+network, no further process or thread, no signal; and limits on time and memory. x86-64 Linux alone: the numbers are its
+own.
 """
 
 import ctypes
@@ -12,12 +13,42 @@ import resource
 import runpy
 import struct
 import sys
+from pathlib import Path
 
 # What reading, computing and ending need. Memory: 9 mmap, 10 mprotect, 11 munmap, 12 brk, 25 mremap, 28 madvise.
 _MEMORY = (9, 10, 11, 12, 25, 28)
 # read, write, close, stat, fstat, lstat, poll, lseek, pread64, readv, writev, access, select, dup, dup2, getdents,
 # getcwd, readlink, getdents64, fadvise64, newfstatat, readlinkat, faccessat, pselect6, ppoll, dup3, statx, faccessat2
-_FILES = (0, 1, 3, 4, 5, 6, 7, 8, 17, 19, 20, 21, 23, 32, 33, 78, 79, 89, 217, 221, 262, 267, 269, 270, 271, 292, 332, 439)
+_FILES = (
+    0,
+    1,
+    3,
+    4,
+    5,
+    6,
+    7,
+    8,
+    17,
+    19,
+    20,
+    21,
+    23,
+    32,
+    33,
+    78,
+    79,
+    89,
+    217,
+    221,
+    262,
+    267,
+    269,
+    270,
+    271,
+    292,
+    332,
+    439,
+)
 # rt_sigaction, rt_sigprocmask, rt_sigreturn, sched_yield, nanosleep, getpid, exit, uname, gettimeofday, getrusage,
 # sysinfo, times, getuid, getgid, geteuid, getegid, getppid, sigaltstack, arch_prctl, gettid, time, futex,
 # sched_getaffinity, set_tid_address, restart_syscall, clock_gettime, clock_getres, clock_nanosleep, exit_group,
@@ -38,7 +69,7 @@ _NUMBER_AT, _ARCHITECTURE_AT, _THIRD_ARGUMENT_AT = 0, 4, 32
 
 
 def main() -> None:
-    """Runs the program named by the first argument; prints the word that came by standard input if it ran to its end."""
+    """Runs the program named by the first argument; prints the word from standard input if that came to its end."""
     settings = json.loads(sys.stdin.readline())
     verdict = os.dup(1)
     nothing = os.open(os.devnull, os.O_RDWR)
@@ -80,8 +111,9 @@ def _hide_files(libc: ctypes.CDLL) -> None:
     rights = (1 << 13 if version < 2 else 1 << 14 if version < 3 else 1 << 15) - 1
     ruleset = _require(libc.syscall(444, struct.pack("Q", rights), ctypes.c_size_t(8), 0))
     read = 1 << 2 | 1 << 3
-    for path in {os.getcwd(), sys.base_prefix, os.path.dirname(os.__file__), "/lib", "/lib64", "/usr/lib", "/usr/lib64"}:
-        if os.path.isdir(path):
+    own = {Path.cwd(), Path(sys.base_prefix), Path(os.__file__).parent}
+    for path in own | {Path(name) for name in ("/lib", "/lib64", "/usr/lib", "/usr/lib64")}:
+        if path.is_dir():
             folder = os.open(path, os.O_PATH)
             _require(libc.syscall(445, ruleset, 1, struct.pack("=Qi", read, folder), 0))
             os.close(folder)

@@ -141,9 +141,14 @@ class JaxLM(TemplateLM):
 
     def _fitted(self, context: Sequence[int], end: Sequence[int]) -> Pair:
         """The two, without the first tokens that the model has no room for; its last token is no input."""
-        if not len(end) or len(end) > self.max_length:
+        if not end:
             raise RunError(
-                f"a continuation has {len(end):,} tokens, and the model takes 1 to {self.max_length:,}; leave the task out"
+                "a continuation has no token of its own: the tokenizer takes its letters and the context's last ones"
+                " for one token; let the task's target_delimiter begin it with a space"
+            )
+        if len(end) > self.max_length:
+            raise RunError(
+                f"a continuation has {len(end):,} tokens, the model takes at most {self.max_length:,}; leave it out"
             )
         room = self.max_length + 1 - len(end)
         self.shortened += len(context) > room
@@ -166,8 +171,8 @@ class JaxLM(TemplateLM):
                 rows = len(batch.requests)
                 if not np.isfinite(found[:rows]).all():
                     raise RunError(
-                        "a log-likelihood is not finite; the weights or the adapter hold NaN or overflow the dtype: fetch"
-                        " or train them again, or evaluate in float32"
+                        "a log-likelihood is not finite; the weights or the adapter hold NaN or overflow the dtype:"
+                        " fetch or train them again, or evaluate in float32"
                     )
                 for place, one, likeliest in zip(batch.requests, found, greedy, strict=False):
                     scores[place] = float(one), bool(likeliest)

@@ -1,4 +1,4 @@
-"""How far the requests of a kind are, and how long they will take: a bar on a terminal, a line now and then elsewhere."""
+"""How far requests are, and how long they will take: a bar on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 

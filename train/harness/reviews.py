@@ -17,4 +17,6 @@ def movie_reviews(**_: Any) -> Any:
     from datasets import Dataset, DatasetDict
 
     files = zip(("train", "validation"), fetch_movie_reviews(assets_cache()), strict=True)
-    return DatasetDict({part: Dataset.from_dict(read_table(path, ["sentence", "label"]).columns) for part, path in files})
+    return DatasetDict(
+        {part: Dataset.from_dict(read_table(path, ["sentence", "label"]).columns) for part, path in files}
+    )

@@ -1,4 +1,4 @@
-"""Programs that a model wrote, run by `jail.py` in processes of their own, with nothing but time and memory to use up."""
+"""Programs that a model wrote, run by `jail.py` in processes of their own, with time and memory to use up alone."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def require_sandbox() -> None:
 def run_program(program: str, limits: Limits | None = None) -> Outcome:
     """Runs Python source, which passes if it comes to its end.
 
-    It can't write, make or remove a file, read one but Python's own, open a socket, start a process or a thread, or send
-    a signal: the attempt ends it. It sees an empty folder, an empty environment and no input; what it prints is lost.
+    It can't write, make or remove a file, read one but Python's own, open a socket, start a process or a thread, or
+    send a signal: the attempt ends it. It sees an empty folder and environment and no input; what it prints is lost.
 
     Raises:
       OSError: no process can be started.

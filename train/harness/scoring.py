@@ -19,7 +19,7 @@ _TOKENS_AT_ONCE = 512  # of which the logits over the vocabulary are held
 
 
 class Scores(NamedTuple):
-    """Of each continuation: its log-likelihood, float32 `[r]`, and whether it is the likeliest at every token, bool `[r]`."""
+    """Of each continuation: its log-likelihood, float32 `[r]`, and whether each token is the likeliest, bool `[r]`."""
 
     log_likelihood: jax.Array
     greedy: jax.Array
@@ -40,7 +40,7 @@ class Scorer:
         self._shared: tuple[Tokens, Any] = ((), None)
 
     def __call__(self, batch: Batch) -> Scores:
-        """The scores of a batch's continuations, on the device: `log Σ_j p(continuation_j | context, continuation_<j)`."""
+        """A batch's scores, on the device: `Σ_j log p(continuation_j | context, continuation_<j)`."""
         if batch.shared != self._shared[0]:
             ids = np.array([batch.shared], np.int32)
             self._shared = (batch.shared, self._programs.begin(self._state, ids) if batch.shared else None)
