@@ -79,6 +79,11 @@ def refused(capsys, *words: object) -> str:
     return printed.err.strip().split("\n")[-1]
 
 
+@nnx.jit
+def _log_probabilities(model: Any, ids: jax.Array) -> jax.Array:
+    return jax.nn.log_softmax(model(ids)[0])
+
+
 def accuracy(model: Any, shot: str) -> float:
     """By whole forward passes: how often the right word is the likelier one."""
     right = []
@@ -87,7 +92,7 @@ def accuracy(model: Any, shot: str) -> float:
         scores = []
         for word in (" negative", " positive"):
             start, ids = len(BYTES(prompt)["input_ids"]), BYTES(prompt + word)["input_ids"]
-            table = np.asarray(jax.nn.log_softmax(model(np.array([ids]))[0]))
+            table = np.asarray(_log_probabilities(model, np.pad(ids, (0, 97 - len(ids)))[None]))
             scores.append(sum(table[place - 1, ids[place]] for place in range(start, len(ids))))
         right.append(int(np.argmax(scores)) == number % 2)
     return float(np.mean(right))
@@ -122,6 +127,28 @@ def test_scores_are_printed_and_written(folder, adapter, reviews, tmp_path, caps
     assert [sample["doc"]["sentence"] for sample in samples] == SENTENCES
     assert samples[2]["arguments"][0][0] == f"{shot}Review: {SENTENCES[2]}\nSentiment:"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json", "samples.jsonl"]
+
+
+def test_prompts_go_through_the_chat_template(folder, reviews, tmp_path, capsys):
+    words = ("--tasks", "movie_reviews", "--data", f"movie_reviews={reviews}", "--num-fewshot", 1, "--limit", 1)
+    words += (
+        "--max-length",
+        50,
+        "--samples",
+        "--output",
+        tmp_path,
+        "--apply-chat-template",
+        "--system-instruction",
+        "Be kind.",
+    )
+    question = f"Review: {SENTENCES[0]}\nSentiment:"
+    system, answer = "<|im_start|>system\nBe kind.<|im_end|>\n", "<|im_start|>assistant\n"
+    shot, asked = f"<|im_start|>user\n{question}", f"{question}<|im_end|>\n"
+    turns = f"{shot}<|im_end|>\n{answer}negative<|im_end|>\n<|im_start|>user\n{asked}"
+    for added, middle in [((), f"{shot} negative\n\n{asked}"), (("--fewshot-as-multiturn",), turns)]:
+        assert "lost their first tokens" in evaluated(capsys, folder, *words, *added)
+        [sample] = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+        assert [one[0] for one in sample["arguments"]] == [system + middle + answer] * 2
 
 
 def test_own_tasks_are_included_and_a_limit_is_kept(folder, tmp_path, capsys):

@@ -137,7 +137,7 @@ def generated(lm: JaxLM, *texts: str, **settings: Any) -> list[str]:
 
 
 def test_answers_are_those_of_generate_cut_before_a_stop_string(lm, model):
-    texts = ["ab", PREFIX, "b" * 40, "a: é"]
+    texts = ["ab", "b" * 40, "a: é"]
     for text, answer in zip(texts, generated(lm, *texts, until=[], max_gen_toks=9), strict=True):
         tokens = mj.generate(model, [lm.tok_encode(text)], max_new_tokens=9).tokens[0]
         assert answer == BYTES.decode(tokens, skip_special_tokens=True).rstrip("\ufffd")
