@@ -96,12 +96,12 @@ clean:  ## remove the venvs and caches; runs/ stays
 .venv/.test: .venv/.created $(PINS) pyproject.toml
 	@echo "Installing the test tools$(addprefix $(comma) ,$(TORCH)) into .venv ($(PINS)): about three minutes the first time"
 	@$(if $(TORCH),$(install) $(TORCH))
-	@$(install) -e ".[train,eval,tensorboard,test$(if $(TORCH),$(comma)parity)]"
+	@$(install) -e ".[train,tensorboard,test$(if $(TORCH),$(comma)parity)]"
 	@touch $@
 
 .venv312/.test: PINS = constraints/py312.txt
 .venv312/.test: constraints/py312.txt pyproject.toml
 	@echo "Installing the test tools into .venv312 ($(PINS)): about two minutes the first time"
 	@$(PY312) -m venv .venv312
-	@$(install) -e ".[train,eval,tensorboard,test]"
+	@$(install) -e ".[train,tensorboard,test]"
 	@touch $@

@@ -19,8 +19,6 @@ import melora_jax as mj
 from train.__main__ import main
 from train.harness.progress import Progress
 
-pytest.importorskip("lm_eval")
-
 BYTES = byte_tokenizer(CHATML)
 SENTENCES = ["ab", "b a", "aab b", "b", "a", "bb ab"]
 YAML = """
@@ -84,16 +82,20 @@ def _log_probabilities(model: Any, ids: jax.Array) -> jax.Array:
     return jax.nn.log_softmax(model(ids)[0])
 
 
+def likelihood(model: Any, context: list[int], ids: list[int]) -> float:
+    """Of the tokens after the context, by a whole forward pass."""
+    assert ids[: len(context)] == context
+    table = np.asarray(_log_probabilities(model, np.pad(ids, (0, 97 - len(ids)))[None]))
+    return float(sum(table[place - 1, ids[place]] for place in range(len(context), len(ids))))
+
+
 def accuracy(model: Any, shot: str) -> float:
-    """By whole forward passes: how often the right word is the likelier one."""
+    """How often the right word is the likelier one."""
     right = []
     for number, sentence in enumerate(SENTENCES):
         prompt = f"{shot}Review: {sentence}\nSentiment:"
-        scores = []
-        for word in (" negative", " positive"):
-            start, ids = len(BYTES(prompt)["input_ids"]), BYTES(prompt + word)["input_ids"]
-            table = np.asarray(_log_probabilities(model, np.pad(ids, (0, 97 - len(ids)))[None]))
-            scores.append(sum(table[place - 1, ids[place]] for place in range(start, len(ids))))
+        ends = [BYTES(f"{prompt} {word}")["input_ids"] for word in ("negative", "positive")]
+        scores = [likelihood(model, BYTES(prompt)["input_ids"], end) for end in ends]
         right.append(int(np.argmax(scores)) == number % 2)
     return float(np.mean(right))
 
@@ -131,16 +133,8 @@ def test_scores_are_printed_and_written(folder, adapter, reviews, tmp_path, caps
 
 def test_prompts_go_through_the_chat_template(folder, reviews, tmp_path, capsys):
     words = ("--tasks", "movie_reviews", "--data", f"movie_reviews={reviews}", "--num-fewshot", 1, "--limit", 1)
-    words += (
-        "--max-length",
-        50,
-        "--samples",
-        "--output",
-        tmp_path,
-        "--apply-chat-template",
-        "--system-instruction",
-        "Be kind.",
-    )
+    words += ("--samples", "--output", tmp_path, "--max-length", 50)
+    words += ("--apply-chat-template", "--system-instruction", "Be kind.")
     question = f"Review: {SENTENCES[0]}\nSentiment:"
     system, answer = "<|im_start|>system\nBe kind.<|im_end|>\n", "<|im_start|>assistant\n"
     shot, asked = f"<|im_start|>user\n{question}", f"{question}<|im_end|>\n"
@@ -151,35 +145,69 @@ def test_prompts_go_through_the_chat_template(folder, reviews, tmp_path, capsys)
         assert [one[0] for one in sample["arguments"]] == [system + middle + answer] * 2
 
 
-def test_own_tasks_are_included_and_a_limit_is_kept(folder, tmp_path, capsys):
-    own = tmp_path / "own"
-    own.mkdir()
+@pytest.fixture(scope="module")
+def own(folder, tmp_path_factory) -> Path:
+    """Tasks of a user's own: one of which a model's answers but one are right, and two that are refused."""
+    own = tmp_path_factory.mktemp("own")
     model = mj.from_pretrained(folder, task="causal-lm")
     said = []
     for text in SENTENCES:
         tokens = mj.generate(model, [BYTES(text)["input_ids"]], max_new_tokens=5).tokens[0]
         said.append(BYTES.decode(tokens, skip_special_tokens=True))
-    answers = [said[0], "no", said[2], *said[3:]]
-    rows = [{"text": text, "answer": answer} for text, answer in zip(SENTENCES, answers, strict=True)]
-    others = {"beams": "  num_beams: 3", "code": "unsafe_code: true"}
-    (own / "own.yaml").write_text(YAML + METRIC)
-    for name, line in others.items():
-        (own / f"{name}.yaml").write_text(YAML.replace("own_task", f"{name}_task") + f"{line}\n" + METRIC)
+    said[1] = "no"
+    rows = [{"text": text, "answer": answer} for text, answer in zip(SENTENCES, said, strict=True)]
     (own / "rows.py").write_text(
         f"import datasets\ndef rows(**_):\n    return {{'test': datasets.Dataset.from_list({rows})}}\n"
     )
-    words = ("--tasks", "own_task", "--include-path", own, "--output", tmp_path / "out")
-    evaluated(capsys, folder, *words, "--limit", 4, "--batch-size", 2)
-    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    for name, line in {"own": "", "beams": "  num_beams: 3\n", "code": "unsafe_code: true\n"}.items():
+        (own / f"{name}.yaml").write_text(YAML.replace("own_task", f"{name}_task") + line + METRIC)
+    return own
+
+
+def test_own_tasks_are_included_and_a_limit_is_kept(folder, own, tmp_path, capsys):
+    words = (folder, "--include-path", own, "--tasks")
+    evaluated(capsys, *words, "own_task", "--output", tmp_path, "--limit", 4, "--batch-size", 2)
+    found = json.loads((tmp_path / "results.json").read_text())
     assert found["scores"] == {"own_task": {"exact_match": {"value": 0.75, "stderr": 0.25}}}
     assert found["rows"]["own_task"] == {"original": 6, "effective": 4}
-    lm_evals = (folder, "--include-path", own, "--tasks")
-    assert "task beams_task: generation setting 'num_beams'" in refused(capsys, *lm_evals, "beams_task")
-    assert "code_task runs generated code in the process of the evaluation" in refused(capsys, *lm_evals, "code_task")
-    # lm-eval's own tasks and names
-    assert "there is no task 'mmlu_anatomi'; perhaps mmlu_anatomy," in refused(capsys, *lm_evals, "mmlu_anatomi")
-    assert "mbpp runs generated code" in refused(capsys, *lm_evals, "mbpp", "--run-generated-code")
-    assert "the tasks can't be loaded" in refused(capsys, *lm_evals, "mmlu_anatomy")
+    assert "task beams_task: generation setting 'num_beams'" in refused(capsys, *words, "beams_task")
+    assert "code_task runs generated code in the process of the evaluation" in refused(capsys, *words, "code_task")
+    assert "there is no task 'mmlu_anatomi'; perhaps mmlu_anatomy," in refused(capsys, *words, "mmlu_anatomi")
+    assert "mbpp runs generated code" in refused(capsys, *words, "mbpp", "--run-generated-code")
+    assert "the tasks can't be loaded" in refused(capsys, *words, "mmlu_anatomy")
+
+
+def test_lm_evals_own_tasks_of_each_kind_of_score_run(folder, own, tmp_path, capsys):
+    rows = {
+        "mmlu_anatomy": {"test": [{"question": one, "choices": list("abcd"), "answer": 2} for one in SENTENCES]},
+        "lambada_openai": {"test": [{"text": f"{one} b"} for one in SENTENCES]},
+        "wikitext": {part: [{"page": f"{one} : a b"} for one in SENTENCES] for part in ("train", "validation", "test")},
+    }
+    rows["mmlu_anatomy"]["dev"] = rows["mmlu_anatomy"]["test"]
+    data: list[Any] = []
+    for task, splits in rows.items():
+        (tmp_path / task).mkdir()
+        for split, some in splits.items():
+            (tmp_path / task / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+        data.append(f"{task}={tmp_path / task}")
+    words = ("--include-path", own, "--tasks", ",".join(rows), "--data", *data, "--output", tmp_path / "out")
+    evaluated(capsys, folder, *words)
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["scores"]
+    model = mj.from_pretrained(folder, task="causal-lm")
+    after = [likelihood(model, BYTES(one)["input_ids"], BYTES(f"{one} b")["input_ids"]) for one in SENTENCES]
+    np.testing.assert_allclose(found["lambada_openai"]["perplexity"]["value"], np.exp(-np.mean(after)), rtol=1e-5)
+    first = [BYTES.bos_token_id]
+    whole = [likelihood(model, first, first + BYTES(f"{one}: a b")["input_ids"]) for one in SENTENCES]
+    words_there = sum(len(f"{one} : a b".split()) for one in SENTENCES)
+    np.testing.assert_allclose(
+        found["wikitext"]["word_perplexity"]["value"], np.exp(-sum(whole) / words_there), rtol=1e-5
+    )
+    choices = []
+    for one in SENTENCES:
+        prompt = f"{one}\nA. a\nB. b\nC. c\nD. d\nAnswer:"
+        ends = [BYTES(f"{prompt} {letter}")["input_ids"] for letter in "ABCD"]
+        choices.append(np.argmax([likelihood(model, BYTES(prompt)["input_ids"], end) for end in ends]) == 2)
+    assert found["mmlu_anatomy"]["acc"]["value"] == np.mean(choices)
 
 
 def test_generated_code_is_run_on_request_alone(folder, capsys, tmp_path, human_eval_file):

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("lm_eval")
-
 from train.harness.code import code_prompt, first_function, pass_at_1, program_of
 from train.harness.tasks import TASKS, choose_tasks, load_tasks
 

@@ -16,16 +16,13 @@ from chat import CHATML, byte_tokenizer, space_tokenizer
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
+from lm_eval.api.instance import Instance
 from test_generation import lively
 from tiny import stirred
 
 import melora_jax as mj
-from train.harness.batches import Pair, common_length, make_batches, rounded_up
-
-pytest.importorskip("lm_eval")
-from lm_eval.api.instance import Instance
-
 from train.errors import RunError
+from train.harness.batches import Pair, common_length, make_batches, rounded_up
 from train.harness.model import JaxLM, manner_of
 from train.harness.scoring import Scorer
 

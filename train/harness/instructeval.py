@@ -7,7 +7,7 @@ one while a prompt has more tokens than the protocol lets it have, which a task 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lm_eval.api.task import ConfigurableTask
@@ -29,32 +29,40 @@ class InstructEvalTask(ConfigurableTask):
         self.count_tokens: Callable[[str], int] | None = None
         super().__init__(config={key: value for key, value in config.items() if key != "class"})
 
-    def doc_to_text(self, doc: dict[str, Any], doc_to_text: object = None) -> str:
+    def doc_to_text(self, doc: Mapping[str, Any], doc_to_text: object = None) -> str:
         """The question, up to where the answer begins."""
         raise NotImplementedError
 
-    def doc_to_target(self, doc: dict[str, Any], doc_to_target: object = None) -> str:
+    def doc_to_target(self, doc: Mapping[str, Any], doc_to_target: object = None) -> str:
         """The right answer."""
         raise NotImplementedError
 
-    def shots(self, doc: dict[str, Any], count: int) -> Sequence[dict[str, Any]]:
+    def shots(self, doc: Mapping[str, Any], count: int) -> Sequence[Mapping[str, Any]]:
         """At most `count` rows that are shown with their answers before a question."""
         raise NotImplementedError
 
-    def heading(self, doc: dict[str, Any]) -> str:
+    def heading(self, doc: Mapping[str, Any]) -> str:
         """What goes before all shots."""
         return ""
 
     def fewshot_docs(self) -> None:
         """None for lm-eval to draw from: the protocol says which."""
 
-    def fewshot_context(self, doc: dict[str, Any], num_fewshot: int, **settings: Any) -> str:
+    def fewshot_context(
+        self,
+        doc: Mapping[str, Any],
+        num_fewshot: int,
+        system_instruction: str | None = None,
+        apply_chat_template: bool = False,
+        *_: Any,
+        **__: Any,
+    ) -> str:
         """The prompt, with as many of the shots as it has room for.
 
         Raises:
           ValueError: nothing counts tokens here, or a chat template is asked for.
         """
-        if self.count_tokens is None or settings.get("apply_chat_template") or settings.get("system_instruction"):
+        if self.count_tokens is None or apply_chat_template or system_instruction:
             raise ValueError(
                 f"{self.config.task} is for python -m train eval, which counts the tokens of prompts, and has no chat"
                 " template and no system instruction; leave those out"
@@ -67,7 +75,7 @@ class InstructEvalTask(ConfigurableTask):
                 return prompt
         return self.heading(doc) + question
 
-    def process_results(self, doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
+    def process_results(self, doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
         """Whether the answer begins with the right one."""
         return {"acc": float(results[0].strip().startswith(self.doc_to_target(doc)))}
 
@@ -75,19 +83,19 @@ class InstructEvalTask(ConfigurableTask):
 class Mmlu(InstructEvalTask):
     """Questions of 57 subjects with four answers each, after five of the same subject; the mean over all questions."""
 
-    def doc_to_text(self, doc: dict[str, Any], doc_to_text: object = None) -> str:
+    def doc_to_text(self, doc: Mapping[str, Any], doc_to_text: object = None) -> str:
         lines = [f"{letter}. {choice}" for letter, choice in zip(_LETTERS, doc["choices"], strict=True)]
         return "\n".join([doc["question"], *lines, "Answer:"])
 
-    def doc_to_target(self, doc: dict[str, Any], doc_to_target: object = None) -> str:
+    def doc_to_target(self, doc: Mapping[str, Any], doc_to_target: object = None) -> str:
         return _LETTERS[doc["answer"]]
 
-    def heading(self, doc: dict[str, Any]) -> str:
+    def heading(self, doc: Mapping[str, Any]) -> str:
         # two spaces, as in the original of Hendrycks et al.
         subject = doc["subject"].replace("_", " ")
         return f"The following are multiple choice questions (with answers) about  {subject}.\n\n"
 
-    def shots(self, doc: dict[str, Any], count: int) -> Sequence[dict[str, Any]]:
+    def shots(self, doc: Mapping[str, Any], count: int) -> Sequence[Mapping[str, Any]]:
         return self._by_subject().get(doc["subject"], [])[:count]
 
     def _by_subject(self) -> dict[str, list[dict[str, Any]]]:
@@ -101,13 +109,13 @@ class Mmlu(InstructEvalTask):
 class Drop(InstructEvalTask):
     """Questions on a passage of which all annotators gave one answer, after three drawn from the same rows."""
 
-    def doc_to_text(self, doc: dict[str, Any], doc_to_text: object = None) -> str:
+    def doc_to_text(self, doc: Mapping[str, Any], doc_to_text: object = None) -> str:
         return f"{doc['passage'].strip()} {doc['question'].strip()}\nAnswer:"
 
-    def doc_to_target(self, doc: dict[str, Any], doc_to_target: object = None) -> str:
+    def doc_to_target(self, doc: Mapping[str, Any], doc_to_target: object = None) -> str:
         return doc["answers_spans"]["spans"][0].strip()
 
-    def shots(self, doc: dict[str, Any], count: int) -> Sequence[dict[str, Any]]:
+    def shots(self, doc: Mapping[str, Any], count: int) -> Sequence[Mapping[str, Any]]:
         return self._parted(count)[0]
 
     def validation_docs(self) -> Any:
@@ -131,13 +139,13 @@ class Drop(InstructEvalTask):
 class Bbh(InstructEvalTask):
     """One of BIG-Bench Hard's tasks: its first rows are the shots, and all others are asked."""
 
-    def doc_to_text(self, doc: dict[str, Any], doc_to_text: object = None) -> str:
+    def doc_to_text(self, doc: Mapping[str, Any], doc_to_text: object = None) -> str:
         return f"{doc['input']}\nAnswer:"
 
-    def doc_to_target(self, doc: dict[str, Any], doc_to_target: object = None) -> str:
+    def doc_to_target(self, doc: Mapping[str, Any], doc_to_target: object = None) -> str:
         return doc["target"]
 
-    def shots(self, doc: dict[str, Any], count: int) -> Sequence[dict[str, Any]]:
+    def shots(self, doc: Mapping[str, Any], count: int) -> Sequence[Mapping[str, Any]]:
         rows = self.dataset[self.config.test_split]
         return [rows[place] for place in range(min(count, len(rows)))]
 

@@ -125,7 +125,8 @@ class JaxLM(TemplateLM):
         """What the model writes after each context, up to a stop string, its end, or so many tokens."""
         manners: dict[Manner, list[int]] = {}
         for place, request in enumerate(requests):
-            manners.setdefault(manner_of(request.args[1], self._seed), []).append(place)
+            arguments: Any = request.args
+            manners.setdefault(manner_of(arguments[1], self._seed), []).append(place)
         texts = [""] * len(requests)
         with Progress("answers", len(requests)) as progress, self._in_force():
             for manner, places in manners.items():
