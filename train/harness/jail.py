@@ -15,49 +15,20 @@ import struct
 import sys
 from pathlib import Path
 
-# What reading, computing and ending need. Memory: 9 mmap, 10 mprotect, 11 munmap, 12 brk, 25 mremap, 28 madvise.
-_MEMORY = (9, 10, 11, 12, 25, 28)
-# read, write, close, stat, fstat, lstat, poll, lseek, pread64, readv, writev, access, select, dup, dup2, getdents,
-# getcwd, readlink, getdents64, fadvise64, newfstatat, readlinkat, faccessat, pselect6, ppoll, dup3, statx, faccessat2
-_FILES = (
-    0,
-    1,
-    3,
-    4,
-    5,
-    6,
-    7,
-    8,
-    17,
-    19,
-    20,
-    21,
-    23,
-    32,
-    33,
-    78,
-    79,
-    89,
-    217,
-    221,
-    262,
-    267,
-    269,
-    270,
-    271,
-    292,
-    332,
-    439,
-)
-# rt_sigaction, rt_sigprocmask, rt_sigreturn, sched_yield, nanosleep, getpid, exit, uname, gettimeofday, getrusage,
-# sysinfo, times, getuid, getgid, geteuid, getegid, getppid, sigaltstack, arch_prctl, gettid, time, futex,
-# sched_getaffinity, set_tid_address, restart_syscall, clock_gettime, clock_getres, clock_nanosleep, exit_group,
-# set_robust_list, getrandom, membarrier, rseq
-_SELF = (13, 14, 15, 24, 35, 39, 60, 63, 96, 98, 99, 100, 102, 104, 107, 108, 110, 131, 158, 186, 201, 202, 204, 218)
-_SELF += (219, 228, 229, 230, 231, 273, 318, 324, 334)
-_ALLOWED = _MEMORY + _FILES + _SELF
-# ioctl (is it a terminal?), fcntl, getrlimit, prlimit64: refused, as harmless questions are.
-_REFUSED = {16: 25, 72: 1, 97: 1, 302: 1}
+# What reading, computing and ending need, by the kernel's numbers.
+_ALLOWED = """
+mmap 9, mprotect 10, munmap 11, brk 12, mremap 25, madvise 28,
+read 0, write 1, close 3, stat 4, fstat 5, lstat 6, poll 7, lseek 8, pread64 17, readv 19, writev 20, access 21,
+select 23, dup 32, dup2 33, getdents 78, getcwd 79, readlink 89, getdents64 217, fadvise64 221, newfstatat 262, readlinkat 267,
+faccessat 269, pselect6 270, ppoll 271, dup3 292, statx 332, faccessat2 439,
+rt_sigaction 13, rt_sigprocmask 14, rt_sigreturn 15, sigaltstack 131, restart_syscall 219, futex 202,
+sched_yield 24, sched_getaffinity 204, nanosleep 35, clock_nanosleep 230, gettimeofday 96, time 201, times 100,
+clock_gettime 228, clock_getres 229, getrusage 98, sysinfo 99, uname 63, getrandom 318,
+getpid 39, gettid 186, getppid 110, getuid 102, getgid 104, geteuid 107, getegid 108,
+arch_prctl 158, set_tid_address 218, set_robust_list 273, rseq 334, membarrier 324, exit 60, exit_group 231
+"""
+# Harmless questions, refused with ENOTTY (is it a terminal?) and EPERM.
+_REFUSED = {"ioctl": (16, 25), "fcntl": (72, 1), "getrlimit": (97, 1), "prlimit64": (302, 1)}
 _OPENAT = 257
 # O_WRONLY, O_RDWR, O_CREAT, O_TRUNC and O_TMPFILE's own bit
 _WRITING = 0o1 | 0o2 | 0o100 | 0o1000 | 0o20000000
@@ -125,9 +96,9 @@ def _hold(libc: ctypes.CDLL) -> None:
     """Seccomp: from here on a system call outside the lists ends the process."""
     rules = [(_LOAD, 0, 0, _ARCHITECTURE_AT), (_EQUAL, 1, 0, _X86_64), (_RETURN, 0, 0, _KILL)]
     rules += [(_LOAD, 0, 0, _NUMBER_AT)]
-    for number in _ALLOWED:
+    for number in (int(entry.split()[1]) for entry in _ALLOWED.split(",")):
         rules += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ALLOW)]
-    for number, error in _REFUSED.items():
+    for number, error in _REFUSED.values():
         rules += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ERRNO | error)]
     rules += [(_EQUAL, 1, 0, _OPENAT), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, _THIRD_ARGUMENT_AT)]
     rules += [(_ANY_BIT, 0, 1, _WRITING), (_RETURN, 0, 0, _KILL), (_RETURN, 0, 0, _ALLOW)]

@@ -59,6 +59,7 @@ def run_program(program: str, limits: Limits | None = None) -> Outcome:
 
     It can't write, make or remove a file, read one but Python's own, open a socket, start a process or a thread, or
     send a signal: the attempt ends it. It sees an empty folder and environment and no input; what it prints is lost.
+    (Where the kernel has no Landlock it can read, but has nowhere to write or send what it read.)
 
     Raises:
       OSError: no process can be started.
