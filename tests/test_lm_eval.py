@@ -161,7 +161,7 @@ def test_prompts_lose_their_first_tokens_where_there_is_no_room(model):
         BYTES.decode(tokens, skip_special_tokens=True).rstrip("\ufffd")
     ]
     assert lm.shortened == 1
-    with pytest.raises(RunError, match="leave no room"):
+    with pytest.raises(ValueError, match="leave no room"):
         generated(lm, "a", until=[], max_gen_toks=20)
     with pytest.raises(RunError, match=r"a continuation has 2\d tokens, the model takes at most 20"):
         lm.loglikelihood(instances("loglikelihood", ("b", "ba" * 20)))
@@ -175,6 +175,12 @@ def test_logits_that_are_not_finite_end_the_evaluation(model):
         lm.loglikelihood(instances("loglikelihood", ("b", "a")))
     with pytest.raises(RunError, match="NaN"):
         generated(lm, "a", until=[], max_gen_toks=3)
+
+
+def test_a_tokenizer_of_another_model_is_found(lm):
+    small = JaxLM(talkative(vocab_size=90), BYTES)
+    with pytest.raises(RunError, match="outside the model's 90"):
+        small.loglikelihood(instances("loglikelihood", ("b", " é")))
 
 
 def test_generation_settings_are_taken_or_refused():

@@ -7,14 +7,12 @@ import hashlib
 import json
 import logging
 import os
-import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
-import numpy as np
 import tyro
 from jax.sharding import Mesh
 from rich.console import Console
@@ -23,6 +21,7 @@ import melora_jax as mj
 from train.chat import adapter_folder, read_tokenizer
 from train.harness.results import Report, results_table, write_results
 
+_SHOT_SEED = 1234  # lm-eval's own
 _RESAMPLES = 1000  # for the standard errors that have no formula: to about two per cent of themselves
 
 
@@ -75,39 +74,23 @@ def evaluate(words: Sequence[str]) -> int:
     _tame()
     evaluator = _evaluator()
     from train.harness.model import JaxLM
-    from train.harness.sandbox import require_sandbox
-    from train.harness.tasks import choose_tasks, load_tasks, parse_data
+    from train.harness.tasks import load_tasks, parse_data
 
-    names = list(dict.fromkeys(name.strip() for name in options.tasks.split(",") if name.strip()))
-    chosen = choose_tasks(names, None if options.include_path is None else Path(options.include_path))
+    chosen = _chosen(options)
     data = parse_data(options.data, chosen)
-    if chosen.runs_code:
-        if not options.run_generated_code:
-            code = next(name for name, settings in chosen.leaves.items() if settings.get("unsafe_code"))
-            raise ValueError(f"{code} runs the code that the model writes; allow it with --run-generated-code")
-        require_sandbox()
     mesh = _mesh(options.mesh)
     mj.abstract_model(options.model, task="causal-lm")  # an encoder is found before its tokenizer is asked for
     tokenizer = read_tokenizer(options.model)
     _check_tokenizer(options, tokenizer)
-    model, adaptation = _model(options, mesh)
-    # as lm-eval's own command, for tasks that draw
-    random.seed(0)
-    np.random.seed(1234)
-    loaded = load_tasks(chosen, data)
-    lm = JaxLM(
-        model,
-        tokenizer,
-        batch_size=options.batch_size,
-        max_length=options.max_length,
-        seed=options.seed,
-        mesh=mesh,
-    )
-    _prepare(loaded["tasks"], options, lm)
+    tasks = load_tasks(chosen, data)
+    model, adapter = _model(options, mesh)
+    sizes = {"batch_size": options.batch_size, "max_length": options.max_length}
+    lm = JaxLM(model, tokenizer, **sizes, seed=options.seed, mesh=mesh)
+    _prepare(tasks["tasks"], options, lm)
     began = time.monotonic()
     found = evaluator.evaluate(
         lm=lm,
-        task_dict=loaded,
+        task_dict=tasks,
         limit=options.limit,
         bootstrap_iters=_RESAMPLES,
         log_samples=options.samples,
@@ -116,9 +99,24 @@ def evaluate(words: Sequence[str]) -> int:
         fewshot_as_multiturn=options.fewshot_as_multiturn,
         confirm_run_unsafe_code=options.run_generated_code,
     )
-    report = Report(dataclasses.asdict(options), adaptation, found, lm.shortened, time.monotonic() - began)
-    _show(report, options)
+    _show(Report(dataclasses.asdict(options), adapter, found, lm.shortened, time.monotonic() - began), options)
     return 0
+
+
+def _chosen(options: Options) -> Any:
+    """The tasks, as far as they can be known without their data."""
+    from train.harness.sandbox import require_sandbox
+    from train.harness.tasks import choose_tasks
+
+    names = list(dict.fromkeys(name.strip() for name in options.tasks.split(",") if name.strip()))
+    chosen = choose_tasks(names, None if options.include_path is None else Path(options.include_path))
+    if chosen.code_tasks:
+        if not options.run_generated_code:
+            raise ValueError(
+                f"{chosen.code_tasks[0]} runs the code that the model writes; allow it with --run-generated-code"
+            )
+        require_sandbox()
+    return chosen
 
 
 def _check(options: Options) -> None:
@@ -194,16 +192,18 @@ def _model(options: Options, mesh: Mesh | None) -> tuple[Any, dict[str, Any] | N
 
 
 def _prepare(tasks: dict[str, Any], options: Options, lm: Any) -> None:
-    """What lm-eval's own command sets in each task."""
+    """What lm-eval's own command sets in each task, and what can be known to fail."""
     for name, task in tasks.items():
         own = task.get_config("num_fewshot")
         asked = own if options.num_fewshot is None or own == 0 else options.num_fewshot
         task.set_config("num_fewshot", asked or 0)
-        task.set_fewshot_seed(seed=1234)  # lm-eval's own
+        task.set_fewshot_seed(seed=_SHOT_SEED)
         if hasattr(task, "count_tokens"):
             if options.apply_chat_template or options.system_instruction is not None:
                 raise ValueError(f"{name} has a protocol without chat template and system instruction; leave them out")
             task.count_tokens = lambda text: len(lm.tok_encode(text))
+        if task.OUTPUT_TYPE == "generate_until":
+            lm.require_room(task.get_config("generation_kwargs") or {}, f"task {name}")
 
 
 def _show(report: Report, options: Options) -> None:

@@ -19,8 +19,8 @@ from pathlib import Path
 _ALLOWED = """
 mmap 9, mprotect 10, munmap 11, brk 12, mremap 25, madvise 28,
 read 0, write 1, close 3, stat 4, fstat 5, lstat 6, poll 7, lseek 8, pread64 17, readv 19, writev 20, access 21,
-select 23, dup 32, dup2 33, getdents 78, getcwd 79, readlink 89, getdents64 217, fadvise64 221, newfstatat 262, readlinkat 267,
-faccessat 269, pselect6 270, ppoll 271, dup3 292, statx 332, faccessat2 439,
+select 23, dup 32, dup2 33, getdents 78, getcwd 79, readlink 89, getdents64 217, fadvise64 221, newfstatat 262,
+readlinkat 267, faccessat 269, pselect6 270, ppoll 271, dup3 292, statx 332, faccessat2 439,
 rt_sigaction 13, rt_sigprocmask 14, rt_sigreturn 15, sigaltstack 131, restart_syscall 219, futex 202,
 sched_yield 24, sched_getaffinity 204, nanosleep 35, clock_nanosleep 230, gettimeofday 96, time 201, times 100,
 clock_gettime 228, clock_getres 229, getrusage 98, sysinfo 99, uname 63, getrandom 318,

@@ -130,6 +130,7 @@ class JaxLM(TemplateLM):
         texts = [""] * len(requests)
         with Progress("answers", len(requests)) as progress, self._in_force():
             for manner, places in manners.items():
+                self.require_room({"max_gen_toks": manner.max_new_tokens}, "a request")
                 prompts = {place: self._prompt(requests[place].args[0], manner.max_new_tokens) for place in places}
                 order = sorted(places, key=lambda place: -len(prompts[place]))
                 speaker = Speaker(self._model, self.tokenizer, None, manner)
@@ -139,6 +140,18 @@ class JaxLM(TemplateLM):
                         texts[place] = text
                     progress.advance(len(some))
         return texts
+
+    def require_room(self, settings: Mapping[str, Any], place: str) -> None:
+        """Raises ValueError where settings of a generation are unknown, or new tokens leave no room for a prompt."""
+        try:
+            new = manner_of(settings, self._seed).max_new_tokens
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+        if new >= self.max_length:
+            raise ValueError(
+                f"{place}: {new:,} new tokens leave no room for a prompt in the model's {self.max_length:,}; leave out"
+                " the task"
+            )
 
     def _fitted(self, context: Sequence[int], end: Sequence[int]) -> Pair:
         """The two, without the first tokens that the model has no room for; its last token is no input."""
@@ -157,13 +170,14 @@ class JaxLM(TemplateLM):
 
     def _prompt(self, text: str, new: int) -> np.ndarray:
         room = self.max_length - new
-        if room < 1:
-            raise RunError(f"{new:,} new tokens leave no room for a prompt in the model's {self.max_length:,}")
         ids = self.tok_encode(text) or [self.prefix_token_id]
         self.shortened += len(ids) > room
         return np.array(ids[-room:], np.int32)
 
     def _scores(self, pairs: Sequence[Pair], what: str) -> list[tuple[float, bool]]:
+        vocabulary = self._model.sizes.vocab_size
+        if any(max(*pair.context, *pair.continuation) >= vocabulary for pair in pairs):
+            raise RunError(f"a token is outside the model's {vocabulary:,}; use the tokenizer of this checkpoint")
         scores: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
         scorer = Scorer(self._model, self._mesh)
         with Progress(what, len(pairs)) as progress, self._in_force():
