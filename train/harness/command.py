@@ -42,7 +42,7 @@ class Options:
     include_path: str | None = None
     """A folder of further tasks, as lm-eval's YAML files. Python that they name is run: include what you trust."""
     data: tuple[str, ...] = ()
-    """TASK=FOLDER: rows from local files, one for each split (test.jsonl), instead of the hub; may be repeated."""
+    """TASK=FOLDER: rows from local files, one for each split (test.jsonl), instead of the hub; several may follow."""
     output: str | None = None
     """Folder for results.json."""
     samples: bool = False
