@@ -36,7 +36,7 @@ PY312 := $(if $(TORCH),$(shell for python in python3.12 "$$(pyenv root 2>/dev/nu
 install = PIP_CONSTRAINT=$(PINS) PIP_BUILD_CONSTRAINT=$(PINS) $(@D)/bin/python -m pip install -qq --no-input
 pytest = -m pytest -q -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo demo-chat test test-meshes lint format bench clean
+.PHONY: help demo demo-chat eval test test-meshes lint format bench clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1:	/p' Makefile | expand -t 14
@@ -46,6 +46,8 @@ demo: .venv/.app-$(ACCELERATOR)  ## fine-tune a real encoder four ways, compare 
 
 demo-chat: .venv/.app-$(ACCELERATOR)  ## tune a small chat model by LoRA and MELoRA, and let it answer
 	@.venv/bin/python -m train demo-chat
+
+eval: .venv/.eval-$(ACCELERATOR)  ## install lm-eval beside the application, for python -m train eval
 
 test: .venv/.test $(if $(PY312),.venv312/.test)  ## the suite, then its torch-free part on the newest jax if there is a Python 3.12
 	.venv/bin/python $(pytest) $(if $(TORCH),,-m "not parity")
@@ -81,9 +83,14 @@ clean:  ## remove the venvs and caches; runs/ stays
 	@$(install) -e ".[train$(addprefix $(comma),$(filter-out cpu,$*))]"
 	@touch $@
 
+.venv/.eval-%: .venv/.app-%
+	@echo "Installing lm-eval into .venv ($(PINS)): about one minute the first time"
+	@$(install) -e ".[train,eval$(addprefix $(comma),$(filter-out cpu,$*))]"
+	@touch $@
+
 .venv/.lint: .venv/.created $(PINS) pyproject.toml
 	@echo "Installing the linters into .venv ($(PINS)): about two minutes the first time"
-	@$(install) -e ".[train,tensorboard,lint]"
+	@$(install) -e ".[train,eval,tensorboard,lint]"
 	@touch $@
 
 .venv/.test: .venv/.created $(PINS) pyproject.toml

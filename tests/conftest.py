@@ -28,7 +28,7 @@ import hypothesis
 import jax
 import pytest
 
-from train.assets import assets_cache, fetch_minilm, fetch_movie_reviews, fetch_smollm2
+from train.assets import assets_cache, fetch_human_eval, fetch_minilm, fetch_movie_reviews, fetch_smollm2
 
 # No deadlines: the first example of a property compiles. Derandomised, so that a red run can be had again.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, database=None)
@@ -62,6 +62,12 @@ def smollm2_file() -> Path:
 def movie_reviews() -> tuple[Path, Path]:
     """The demo's sentences: train.jsonl and validation.jsonl with columns sentence and label."""
     return _fetched(fetch_movie_reviews)
+
+
+@pytest.fixture(scope="session")
+def human_eval_file() -> Path:
+    """HumanEval's 164 problems, one a line."""
+    return _fetched(fetch_human_eval)
 
 
 def _fetched(fetch):

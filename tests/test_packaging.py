@@ -103,7 +103,7 @@ def _imports(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("folder", "extras"), [("melora_jax", ["gguf", "orbax"]), ("train", ["train", "tensorboard", "parity"])]
+    ("folder", "extras"), [("melora_jax", ["gguf", "orbax"]), ("train", ["train", "eval", "tensorboard", "parity"])]
 )
 def test_every_import_is_a_stated_requirement(folder, extras):
     stated = PROJECT["dependencies"] + [line for extra in extras for line in PROJECT["optional-dependencies"][extra]]
@@ -125,7 +125,9 @@ def test_every_public_name_is_there_once():
 
 FORBIDDEN_MODULES = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
 FORBIDDEN_CALLS = {"compile", "eval", "exec", "__import__"}
-FORBIDDEN_ATTRIBUTES = {"torch.load", "os.popen", "os.system", "yaml.load"}
+FORBIDDEN_ATTRIBUTES = {"torch.load", "os.popen", "os.system", "runpy.run_module", "runpy.run_path", "yaml.load"}
+# The jail runs what a model wrote, once the kernel holds its process.
+ALLOWED = {"train/harness/jail.py": ["runpy.run_path"]}
 
 
 def _dangers(source: str) -> list[str]:
@@ -148,7 +150,7 @@ def _dangers(source: str) -> list[str]:
 
 @pytest.mark.parametrize("path", _sources("melora_jax", "train"), ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_source_runs_what_it_reads(path):
-    assert _dangers(path.read_text(encoding="utf-8")) == []
+    assert _dangers(path.read_text(encoding="utf-8")) == ALLOWED.get(path.relative_to(ROOT).as_posix(), [])
 
 
 def test_the_search_for_dangers_finds_each():

@@ -22,6 +22,7 @@ USAGE = """usage: python -m train COMMAND ...
   generate MODEL [--adapter FOLDER] [--prompt TEXT]      answer prompts, by default those typed; --help lists all keys
   demo [--help]                                          compare head only, LoRA and MELoRA on real movie reviews
   demo-chat [--help]                                     tune a small chat model by LoRA and MELoRA; see it answer
+  eval MODEL --tasks mmlu,... [--adapter FOLDER]         score a decoder on lm-eval's tasks; --help lists all keys
   report FOLDER                                          write FOLDER/report.html again
   glue [--tasks all] [--methods lora melora:n=8] [...]   tasks by methods by seeds, each at its best learning rate
   study FOLDER [...]                                     a table's page, figures and data again
@@ -80,6 +81,13 @@ def command_generate(words: Sequence[str]) -> int:
     from train.generate import generate
 
     return generate(words)
+
+
+def command_eval(words: Sequence[str]) -> int:
+    """A decoder, plain or fine-tuned, on tasks of lm-eval."""
+    from train.harness.command import evaluate
+
+    return evaluate(words)
 
 
 def command_demo(words: Sequence[str]) -> int:
@@ -152,6 +160,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "run": command_run,
     "sweep": command_sweep,
     "generate": command_generate,
+    "eval": command_eval,
     "demo": command_demo,
     "demo-chat": command_demo_chat,
     "report": command_report,

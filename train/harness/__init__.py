@@ -1,0 +1,1 @@
+"""`python -m train eval`: the tasks of lm-eval on a JAX model, with or without its adapter."""
