@@ -260,7 +260,7 @@ def refuse_mesh(kernel: nnx.Variable, what: str, path: str) -> None:
     """Raises ValueError if a kernel lies on a mesh, where `what` is not supported."""
     mesh = mesh_of(kernel.get_raw_value())
     if mesh is not None and mesh.size > 1:
-        raise unadaptable(path, f"{what} does not run on a mesh; load the model on one device, or take a plain adapter")
+        raise ValueError(f"{what} does not run on a mesh, where {path} lies; take one device, or a plain adapter")
 
 
 def checked_view(layer: nnx.Module, n: int, path: str) -> DenseView:
