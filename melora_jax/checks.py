@@ -30,6 +30,21 @@ def check_alpha(name: str, value: Any) -> None:
     check_number(name, value, low=math.ulp(0.0), below=math.inf)
 
 
+def check_trained(config: Any) -> None:
+    """What is trained beside the adapters fits together, and is not nothing."""
+    if type(config.train_base) is not bool:
+        raise ValueError(f"train_base={config.train_base!r} must be True or False")
+    if config.train_base and (config.targets or config.bias != "none"):
+        beside = f"targets={config.targets!r}" if config.targets else f"bias={config.bias!r}"
+        raise ValueError(f"train_base trains all of the base, so {beside} adds nothing; leave one of them out")
+    if config.bias == "lora_only" and not config.targets:
+        raise ValueError('bias="lora_only" trains the biases of adapted layers, and targets is empty; take "all"')
+    if not config.targets and not config.modules_to_save and config.bias == "none" and not config.train_base:
+        raise ValueError(
+            'nothing to train: targets and modules_to_save are both empty; name layers, e.g. targets=["query", "value"]'
+        )
+
+
 def check_start(spec: Any) -> None:
     """The start values and the variant of an adapter are defined for its minis and its mixer."""
     from_blocks, variant = spec.init in ("orthogonal", "pissa"), spec.variant

@@ -182,24 +182,9 @@ class MELoRAConfig:
             for value in values:
                 for entry in value if isinstance(value, tuple) and name != "n" else (value,):
                     check(name, entry)
-        self._check_trained()
-        self.spec("")  # checks the rest
-
-    def _check_trained(self) -> None:
-        """What is trained beside the adapters fits together, and is not nothing."""
         checks.check_choices(self, {"bias": get_args(Bias)})
-        if type(self.train_base) is not bool:
-            raise ValueError(f"train_base={self.train_base!r} must be True or False")
-        if self.train_base and (self.targets or self.bias != "none"):
-            beside = f"targets={self.targets!r}" if self.targets else f"bias={self.bias!r}"
-            raise ValueError(f"train_base trains all of the base, so {beside} adds nothing; leave one of them out")
-        if self.bias == "lora_only" and not self.targets:
-            raise ValueError('bias="lora_only" trains the biases of adapted layers, and targets is empty; take "all"')
-        if not self.targets and not self.modules_to_save and self.bias == "none" and not self.train_base:
-            raise ValueError(
-                "nothing to train: targets and modules_to_save are both empty; "
-                'name layers, e.g. targets=["query", "value"]'
-            )
+        checks.check_trained(self)
+        self.spec("")  # checks the rest
 
     def _normalise(self) -> None:
         """Lists become tuples and whole alphas floats, so that equal configs compare and hash equal."""
@@ -265,15 +250,6 @@ class MELoRAConfig:
                 hint = f"perhaps {near[0]!r}" if near else f"known are {', '.join(known)}"
                 raise ValueError(f"unknown key {key!r} in the adapter config; {hint}")
         return cls(**values)
-
-
-def require_factors_alone(config: MELoRAConfig, where: str) -> None:
-    """Raises ValueError if `config` asks for more than the factors a and b, which is all that `where` can hold."""
-    for name, fine in (("bias", "none"), ("train_base", False), ("variant", "plain")):
-        if getattr(config, name) != fine:
-            raise ValueError(f"{name}={getattr(config, name)!r} is for NNX models; {where} holds plain adapters alone")
-    if config.init == "pissa":
-        raise ValueError(f"init='pissa' is for NNX models; {where} holds plain adapters alone")
 
 
 def _as_tuple(value: Any) -> Any:

@@ -26,10 +26,10 @@ from melora_jax.config import AdapterSpec, Init, Mixer, Scaling, Strategy, Varia
 from melora_jax.merged_product import merged_output, why_unmergeable
 from melora_jax.parallel import ParallelDot
 from melora_jax.quantization import QuantizedLinear
-from melora_jax.sharding import active_mesh, mesh_of
+from melora_jax.sharding import active_mesh
 from melora_jax.slices import product_with_adapter
 from melora_jax.update import Adapter, attend_update, in_dtype_of, merged_kernel, update_of
-from melora_jax.views import DenseView, unadaptable, view_at_call, view_of
+from melora_jax.views import DenseView, checked_view, view_at_call, view_of
 
 
 class MELoRAParam(nnx.Param):
@@ -281,24 +281,3 @@ def in_float32(value: Any) -> Any:
     if isinstance(value, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(value.shape, jnp.float32, sharding=value.sharding)
     return value.astype(jnp.float32)
-
-
-def refuse_mesh(kernel: nnx.Variable, what: str, path: str) -> None:
-    """Raises ValueError if a kernel lies on a mesh, where `what` is not supported."""
-    mesh = mesh_of(kernel.get_raw_value())
-    if mesh is not None and mesh.size > 1:
-        raise unadaptable(path, f"{what} does not run on a mesh; load the model on one device, or take a plain adapter")
-
-
-def checked_view(layer: nnx.Module, n: int, path: str) -> DenseView:
-    """The layer's flat view, once it is known that n divides it.
-
-    Raises:
-      ValueError: no flat view, or sizes that n does not divide; both name the path and the remedy.
-    """
-    try:
-        view = view_of(layer)
-    except ValueError as error:
-        raise unadaptable(path, error) from None
-    checks.check_sizes(view.d_in, view.d_out, n, path)
-    return view

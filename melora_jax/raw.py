@@ -18,8 +18,8 @@ from jaxtyping import Array, Float
 
 from melora_jax import blocks
 from melora_jax.checks import check_sizes
-from melora_jax.config import AdapterSpec, MELoRAConfig, Strategy, require_factors_alone
-from melora_jax.selection import NamedModule, require_patterns, select, spec_of
+from melora_jax.config import AdapterSpec, MELoRAConfig, Strategy
+from melora_jax.selection import NamedModule, require_factors_alone, require_patterns, select, spec_of
 from melora_jax.update import merged_kernel, update_of
 from melora_jax.views import DenseView, unadaptable, view_of_general
 

@@ -35,6 +35,15 @@ class NamedModule:
         return self.named_by(names)
 
 
+def require_factors_alone(config: MELoRAConfig, where: str) -> None:
+    """Raises ValueError if `config` asks for more than the factors a and b, which is all that `where` can hold."""
+    for name, fine in (("bias", "none"), ("train_base", False), ("variant", "plain")):
+        if getattr(config, name) != fine:
+            raise ValueError(f"{name}={getattr(config, name)!r} is for NNX models; {where} holds plain adapters alone")
+    if config.init == "pissa":
+        raise ValueError(f"init='pissa' is for NNX models; {where} holds plain adapters alone")
+
+
 def modules_to_save(modules: list[NamedModule], config: MELoRAConfig) -> list[NamedModule]:
     """The modules that are trained whole.
 

@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from melora_jax.checks import check_sizes
 from melora_jax.quantization import QuantizedLinear
+from melora_jax.sharding import mesh_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +95,27 @@ def view_of(layer: nnx.Module) -> DenseView:
 def view_of_table(rows: int, features: int) -> DenseView:
     """The view of an embedding's table `[rows, features]`."""
     return DenseView(rows, features, kernel_name="embedding", out_shape=(features,), lookup=True)
+
+
+def refuse_mesh(kernel: nnx.Variable, what: str, path: str) -> None:
+    """Raises ValueError if a kernel lies on a mesh, where `what` is not supported."""
+    mesh = mesh_of(kernel.get_raw_value())
+    if mesh is not None and mesh.size > 1:
+        raise ValueError(f"{what} does not run on a mesh, where {path} lies; take one device, or a plain adapter")
+
+
+def checked_view(layer: nnx.Module, n: int, path: str) -> DenseView:
+    """The layer's flat view, once it is known that n divides it.
+
+    Raises:
+      ValueError: no flat view, or sizes that n does not divide; both name the path and the remedy.
+    """
+    try:
+        view = view_of(layer)
+    except ValueError as error:
+        raise unadaptable(path, error) from None
+    check_sizes(view.d_in, view.d_out, n, path)
+    return view
 
 
 def _view_of_linear_general(layer: nnx.LinearGeneral) -> DenseView:

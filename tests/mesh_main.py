@@ -78,7 +78,8 @@ def check_guard(folder: Path, mesh: jax.sharding.Mesh) -> dict[str, str]:
 
 
 def check_refusals(folder: Path, mesh: jax.sharding.Mesh) -> dict[str, str]:
-    """What is said of batches that don't share out, of a mesh that is too small, and of minis that stay whole."""
+    """What is said of batches that don't share out, of a mesh that is too small, of adapters that need one device, and
+    of minis that stay whole."""
     shared = tiny_run.SIZES | {"num_attention_heads": 2, "intermediate_size": 18}
     recipe, said = tiny_run.recipe(tiny_run.make_material(folder / "app", shared)), {}
     sizes = [word for name in mesh.axis_names for word in (f"--mesh.{name}", str(mesh.shape[name]))]
@@ -94,6 +95,11 @@ def check_refusals(folder: Path, mesh: jax.sharding.Mesh) -> dict[str, str]:
         model(np.ones((4, 3), np.int32))
     except ValueError as error:
         said["not in force"] = str(error)
+    for settings in ({"variant": "dora"}, {"variant": "adalora"}, {"init": "pissa"}):
+        try:
+            mj.adapt(model, mj.MELoRAConfig(n=2, r=2, targets=["q_proj"], **settings), rngs=nnx.Rngs(0))
+        except ValueError as error:
+            said[next(iter(settings.values()))] = str(error)
     config = mj.MELoRAConfig(n=8, targets=["q_proj", "v_proj", "o_proj"], n_pattern={"o_proj": 3, "v_proj": 4})
     said["whole"] = str(mj.adapt(model, config, rngs=nnx.Rngs(0))).partition("frozen\n")[2]
     return said

@@ -88,6 +88,11 @@ def test_what_does_not_fit_a_mesh_is_said(results: dict[str, Any]) -> None:
         )
     assert "as n=3 is no multiple of tensor=2, which mesh.whole_factors=error forbids; choose" in said["whole_factors"]
     assert said["not in force"].endswith("not in force; call it inside `with jax.set_mesh(mesh):`")
+    for key, word in (("variant", "dora"), ("variant", "adalora"), ("init", "pissa")):
+        assert said[word] == (
+            f"{key}='{word}' does not run on a mesh, where model/layers/0/self_attn/q_proj lies; take one device, or a "
+            "plain adapter"
+        )
     note = "model/layers/0/self_attn/o_proj: factors whole on each device, as n=3 is no multiple of tensor=2"
     assert said["whole"] == note
 

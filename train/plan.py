@@ -23,7 +23,10 @@ from train.config import RunConfig, from_toml
 from train.devices import GIB, Devices, Shares, devices_from_name, rows_a_device, wide_axes
 from train.experiment import TASKS
 from train.liveness import bytes_of, peak_bytes
+from train.methods import penalty, rank_budget
 from train.step import Batch, make_loss, measurer
+
+_STEPS = 100_000  # of a run whose data is not read: it sets AdaLoRA's schedule, on which no size depends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,11 +142,13 @@ class AbstractRun(NamedTuple):
 def abstract_run(config: RunConfig, rows: int) -> AbstractRun:
     """The run of a configuration, a step of it taking `rows` of the longest rows."""
     model = adapted_shapes(config)
-    tx = mj.make_optimizer(model, config.optim.learning_rate, clip_norm=config.optim.clip_norm)
+    budget = rank_budget(config, config.train.max_steps or _STEPS)
+    tx = mj.make_optimizer(model, config.optim.learning_rate, clip_norm=config.optim.clip_norm, rank_budget=budget)
     _, trainable, frozen, host = nnx.split(model, nnx.Param, mj.FrozenParam, ...)
     step_number: Any = jax.ShapeDtypeStruct((), jnp.int32)
     state = mj.TrainState(step_number, trainable, jax.eval_shape(tx.init, trainable), host)
-    step = mj.make_train_step(model, tx, make_loss(measurer(config.model.task, config.instruction.chunk)))
+    loss = make_loss(measurer(config.model.task, config.instruction.chunk), penalty(config))
+    step = mj.make_train_step(model, tx, loss)
     key = jax.eval_shape(lambda: jax.random.key(0))
     return AbstractRun(model, step, (state, frozen, _abstract_batch(config, rows), key))
 
