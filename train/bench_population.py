@@ -166,7 +166,7 @@ def _compiled(step: Any, state: Any, frozen: Any, batch: Any, key: Any) -> tuple
 @contextlib.contextmanager
 def _empty_cache() -> Iterator[None]:
     """XLA keeps what it compiles in an empty folder, and not where it did."""
-    before = jax.config.jax_compilation_cache_dir
+    before: str | None = jax.config.values["jax_compilation_cache_dir"]
     with tempfile.TemporaryDirectory() as folder:
         try:
             _keep_in(folder)
