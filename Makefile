@@ -8,6 +8,7 @@
 PYTHON ?= python3
 ACCELERATOR ?= cpu
 WORKERS ?= 2
+ROUNDS ?= 9
 
 ifneq ($(filter-out cpu cuda13 tpu,$(ACCELERATOR)),)
 $(error ACCELERATOR=$(ACCELERATOR) is not known; choose cpu, cuda13 or tpu)
@@ -36,7 +37,7 @@ PY312 := $(if $(TORCH),$(shell for python in python3.12 "$$(pyenv root 2>/dev/nu
 install = PIP_CONSTRAINT=$(PINS) PIP_BUILD_CONSTRAINT=$(PINS) $(@D)/bin/python -m pip install -qq --no-input
 pytest = -m pytest -q -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo demo-chat eval test test-meshes lint format bench clean
+.PHONY: help demo demo-chat eval test test-meshes lint format bench speed clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1:	/p' Makefile | expand -t 14
@@ -68,6 +69,23 @@ format: .venv/.lint  ## put the sources into the house's format
 
 bench: .venv/.app-$(ACCELERATOR)  ## step times of MELoRA, LoRA and the frozen model
 	@.venv/bin/python -m train bench
+
+# Each result is written as soon as it is there. Of a sweep over n and r, every combination takes turns with the limit.
+speed = .venv/bin/python -m train bench --rounds $(ROUNDS) --out results/speed
+minis := --sweep n=1,4,8,16,32 r=1,8
+
+speed: .venv/.test  ## the tables of results/speed.md: half an hour on a quiet machine; ROUNDS=3 takes a quarter
+	$(speed)/minilm.json --title "MiniLM"
+	$(speed)/minilm-minis.json --title "MiniLM, n and r" $(minis)
+	$(speed)/minilm-all.json --title "MiniLM, n and r, all linear layers" --targets all-linear $(minis)
+	$(speed)/smollm2.json --task causal-lm --title "SmolLM2-135M"
+	$(speed)/smollm2-minis.json --task causal-lm --title "SmolLM2-135M, n and r" $(minis)
+	$(speed)/smollm2-all.json --task causal-lm --title "SmolLM2-135M, n and r, all linear layers" --targets all-linear $(minis)
+	$(speed)/tokens.json --title "Tokens a step" --sweep n=8 r=1,8 tokens=256,1024,4096 width=384 depth=2
+	$(speed)/width.json --title "Width" --sweep n=8 r=1,8 width=128,256,512,1024 depth=2
+	$(speed)/depth.json --title "Depth" --sweep n=8 r=1,8 depth=2,4,8
+	$(speed)/compile.json --title "Compiling" --compile-depths 2 8 32
+	.venv/bin/python -m train bench --page results/speed.md
 
 clean:  ## remove the venvs and caches; runs/ stays
 	rm -rf .venv .venv312 .cache build dist

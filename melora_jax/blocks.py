@@ -121,6 +121,17 @@ def choose_strategy(strategy: Strategy, latents: int, backend: str, mergeable: b
     return "packed" if latents <= PACKED_LATENTS.get(backend, PACKED_LATENTS_ELSEWHERE) else "batched"
 
 
+def merging_pays(tokens: int, d_in: int, o: int, n: int) -> bool:
+    """Whether forming the blocks of ΔW twice, for both passes, costs less than half of the two products that it saves.
+
+    r·d_in·o multiplications each time, against tokens·r·(d_in + n·o).
+
+    >>> merging_pays(2048, 384, 48, 8), merging_pays(2048, 4096, 4096, 1), merging_pays(1, 384, 48, 8)
+    (True, False, False)
+    """
+    return tokens >= max(MERGED_TOKENS, 4 * d_in * o // (d_in + n * o))
+
+
 def apply(
     x: Float[Array, "... d_in"],
     a: Float[Array, "n i r"],

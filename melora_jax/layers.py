@@ -203,7 +203,7 @@ class MELoRADense(nnx.Module):
         # Where the sum would be rounded to less than float32, or a quantised kernel made whole, it must be asked for.
         exact = why_not is None and isinstance(self.base, nnx.Linear) and self._in_float32()
         latents = self.product.spec.n * max(self.product.spec.r)
-        mergeable = exact and self.spec.dropout == 0
+        mergeable = exact and self.spec.dropout == 0 and self.spec.mixer == "identity"  # else ΔW is a dense product
         return blocks.choose_strategy(self.spec.strategy, latents, jax.default_backend(), mergeable)
 
     def _in_float32(self) -> bool:
@@ -211,7 +211,8 @@ class MELoRADense(nnx.Module):
         return jnp.dtype(computed) == self.base.param_dtype == jnp.float32
 
     def _enough_tokens(self, x: jax.Array) -> bool:
-        return self.spec.strategy == "merged" or x.size // x.shape[-1] >= blocks.MERGED_TOKENS
+        tokens = x.size // x.shape[-1]
+        return self.spec.strategy == "merged" or blocks.merging_pays(tokens, x.shape[-1], self.b.shape[2], self.spec.n)
 
     def _factors_for(self, y: jax.Array | jax.ShapeDtypeStruct) -> tuple[jax.Array, jax.Array]:
         """A and B in the dtype of the computation."""

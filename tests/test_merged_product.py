@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 import melora_jax as mj
-from melora_jax import blocks
+from melora_jax import blocks, raw
 from melora_jax.config import AdapterSpec
+from melora_jax.linen import adapt as adapt_linen
 from melora_jax.merged_product import _by_blocks, merged_product
 
 D_IN, D_OUT = 30, 42
@@ -148,6 +149,7 @@ def test_auto_takes_it_for_many_latents_and_says_so() -> None:
     assert strategy(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16) == "batched"
     assert strategy(dtype=jnp.bfloat16, strategy="merged") == "merged"
     assert strategy(strategy="packed") == "packed"
+    assert strategy(mixer="shuffle") == "batched"
 
 
 def test_few_tokens_do_not_form_the_sum_under_auto() -> None:
@@ -157,6 +159,22 @@ def test_few_tokens_do_not_form_the_sum_under_auto() -> None:
         for tokens in (1, blocks.MERGED_TOKENS - 1, blocks.MERGED_TOKENS)
     }
     assert list(forms.values()) == [False, False, True]
+
+
+def test_other_frameworks_refuse_it_where_they_are_configured() -> None:
+    config = mj.MELoRAConfig(n=2, r=1, targets=["here"], strategy="merged")
+    message = r"strategy=\"merged\" at here is for NNX models, not for bare arrays; use \"batched\" or \"auto\""
+    with pytest.raises(ValueError, match=message):
+        raw.init({"here": jnp.ones((6, 4))}, config, jax.random.key(0))
+
+    class Host(linen.Module):
+        @linen.compact
+        def __call__(self, x: Any) -> Any:
+            return linen.Dense(4, name="here")(x)
+
+    host, x = Host(), jnp.ones((3, 6))
+    with pytest.raises(ValueError, match="at here is for NNX models, not for Linen models"):
+        adapt_linen(host, host.init(jax.random.key(0), x), config, jax.random.key(1), x)
 
 
 def test_a_quantised_base_is_summed_where_that_is_asked_for() -> None:
