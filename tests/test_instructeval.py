@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from train.harness.code import code_prompt, first_function, pass_at_1, program_of
+from train.harness.code import code_prompt, fenced_pass_at_1, first_function, pass_at_1, program_of
 from train.harness.tasks import TASKS, choose_tasks, load_tasks
 
 
@@ -149,6 +149,7 @@ def test_code_passes_where_its_tests_do():
     )
     answers = ("    return 2 * x", "    return x + 2", "    return x +", "    import os; os._exit(0)")
     assert [pass_at_1(doc, [answer])["pass@1"] for answer in answers] == [1.0, 0.0, 0.0, 0.0]
+    assert fenced_pass_at_1(doc, ["    return 2 * x\n```\nIt doubles."]) == {"pass@1": 1.0}
 
 
 def test_human_eval_is_drawn_at_a_low_temperature(human_eval_file):
@@ -163,4 +164,4 @@ def test_human_eval_is_drawn_at_a_low_temperature(human_eval_file):
 
 def test_every_task_file_is_found():
     files = {path.stem for path in TASKS.rglob("*.yaml")}
-    assert len(files) == 27 + 6
+    assert len(files) == 27 + 7

@@ -90,6 +90,15 @@ def test_scores_are_those_of_a_forward_pass_with_and_without_a_shared_beginning(
     assert {len(batch.shared) for batch in make_batches(encoded, 4)} == {96}
 
 
+@pytest.mark.parametrize("name", ["mistral", "gemma3_text"])
+def test_windows_hold_over_a_shared_beginning_and_padding(name):
+    """Layers that look back five tokens, all of them or every other one."""
+    model = lively(name, SIZES | {"num_hidden_layers": 2})
+    found = JaxLM(model, BYTES, batch_size=4).loglikelihood(instances("loglikelihood", *FEW_SHOT))
+    lm = JaxLM(model, BYTES)
+    assert_scores(found, [by_forward_pass(model, *tokens_of(lm, *pair)) for pair in FEW_SHOT])
+
+
 def test_an_end_without_a_token_of_its_own_is_an_error(lm):
     with pytest.raises(RunError, match="no token of its own"):
         lm.loglikelihood(instances("loglikelihood", ("a", "b")))

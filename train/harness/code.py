@@ -36,6 +36,11 @@ def pass_at_1(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
     return {"pass@1": float(run_program(program_of(doc, results[0])).passed)}
 
 
+def fenced_pass_at_1(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """The same for an answer that stands in a block of code, up to the block's end."""
+    return pass_at_1(doc, [results[0].partition("```")[0]])
+
+
 def first_function_pass_at_1(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
     """The same for the part of the answer that INSTRUCTEVAL keeps."""
     return pass_at_1(doc, [first_function(results[0])])

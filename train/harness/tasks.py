@@ -61,8 +61,8 @@ def choose_tasks(names: Sequence[str], include: Path | None) -> Chosen:
     for name, settings in leaves.items():
         if settings.get("unsafe_code") and not (settings.get("metadata") or {}).get("sandboxed"):
             raise ValueError(
-                f"{name} runs generated code in the process of the evaluation, which is not done here; choose humaneval"
-                " or instructeval_humaneval, which run it in a sandbox"
+                f"{name} runs generated code in the process of the evaluation, which is not done here; choose"
+                " humaneval, humaneval_instruct or instructeval_humaneval, which run it in a sandbox"
             )
     return Chosen(tuple(names), leaves, manager)
 
