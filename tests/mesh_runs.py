@@ -142,5 +142,7 @@ def compare(run: Run, alone: Run) -> dict[str, Any]:
     kept = {path: value for path, value in run.state.items() if value.ndim and "/self/key/bias" not in path}
     worst = {path: distance(value, alone.state[path]) for path, value in kept.items()}
     path = max(worst, key=lambda path: worst[path])
+    gradients = max(far for path, far in worst.items() if {"mu", "nu"} & set(path.split("/")))
     untouched = all(np.array_equal(value, alone.frozen[path]) for path, value in run.frozen.items())
-    return {"losses": distance(run.losses, alone.losses), "state": worst[path], "at": path, "untouched": untouched}
+    losses = distance(run.losses, alone.losses)
+    return {"losses": losses, "gradients": gradients, "state": worst[path], "at": path, "untouched": untouched}
