@@ -87,10 +87,12 @@ def loss(model: Any, batch: Any) -> Any:
     return (losses * batch["weight"]).sum() / batch["weight"].sum(), {"weight": batch["weight"].sum()}
 
 
-def adapted(folder: Path, family: str, mesh: Mesh | None, **changes: Any) -> Any:
-    """The model with adapters of n=8 (or as `changes` say) that are not zero."""
+def adapted(folder: Path, family: str, mesh: Mesh | None, qtype: Any = None, **changes: Any) -> Any:
+    """The model with adapters of n=8 (or as `changes` say) that are not zero; its base quantised to `qtype`, if any."""
     task, labels = TASKS[family]
     model = mj.from_pretrained(folder / family, task=task, num_labels=labels, mesh=mesh)
+    if qtype:
+        mj.quantize(model, qtype)
     settings: dict[str, Any] = {
         "n": 8,
         "r": 2,

@@ -11,9 +11,9 @@ import pytest
 
 from train.__main__ import main
 from train.config import RunConfig
-from train.devices import GIB, Shares, devices_from_name, rows_a_device
+from train.devices import GIB, devices_from_name, rows_a_device
 from train.liveness import peak_bytes
-from train.plan import abstract_run, plan_run
+from train.plan import abstract_mesh, abstract_run, plan_run
 from train.sections import AdapterConfig, DataConfig, ModelConfig, OutputConfig, TrainConfig
 
 ENCODER = {
@@ -44,7 +44,7 @@ def run_config(folder, config: dict, dtype="float32", remat="none", batch=2, len
 def test_the_plan_is_within_a_tenth_of_what_xla_plans(tmp_path):
     """On CPU XLA undoes remat and widens bfloat16, so that only a plain float32 step is planned there as elsewhere."""
     settings = run_config(tmp_path, DECODER)
-    planned = plan_run(settings, Shares())
+    planned = plan_run(settings, abstract_mesh())
     run = abstract_run(settings, 2)
     found = run.step.lower(*run.arguments).compile().memory_analysis()
     held = found.argument_size_in_bytes + found.temp_size_in_bytes
@@ -54,7 +54,7 @@ def test_the_plan_is_within_a_tenth_of_what_xla_plans(tmp_path):
 
 def test_what_stays_in_memory_is_counted_exactly(tmp_path):
     """Base, adapters and Adam's two moments, from the sizes of a Llama."""
-    planned = plan_run(run_config(tmp_path, DECODER, "bfloat16"), Shares())
+    planned = plan_run(run_config(tmp_path, DECODER, "bfloat16"), abstract_mesh())
     kernels = 2 * 192 * 192 + 2 * 192 * 96 + 3 * 192 * 512
     assert planned.base == 2 * (2 * 701 * 192 + 3 * (kernels + 2 * 192) + 192)
     adapters = 3 * (2 * 192 + 192 + 96)
@@ -65,28 +65,31 @@ def test_what_stays_in_memory_is_counted_exactly(tmp_path):
 
 @pytest.mark.parametrize("config", [ENCODER, DECODER])
 def test_rows_and_accumulation_scale_the_activations(tmp_path, config):
-    one, two = (plan_run(run_config(tmp_path, config, batch=rows), Shares()) for rows in (8, 16))
+    one, two = (plan_run(run_config(tmp_path, config, batch=rows), abstract_mesh()) for rows in (8, 16))
     assert two.activations == pytest.approx(2 * one.activations, rel=0.02)
-    parts = plan_run(run_config(tmp_path, config, batch=16, accumulate=2), Shares())
+    parts = plan_run(run_config(tmp_path, config, batch=16, accumulate=2), abstract_mesh())
     assert (parts.activations, parts.batch) == (one.activations, two.batch)
 
 
 def test_remat_keeps_less(tmp_path):
     deep = DECODER | {"num_hidden_layers": 6}
-    none, dots, full = (plan_run(run_config(tmp_path, deep, remat=how), Shares()) for how in ("none", "dots", "full"))
+    none, dots, full = (
+        plan_run(run_config(tmp_path, deep, remat=how), abstract_mesh()) for how in ("none", "dots", "full")
+    )
     assert none.activations > dots.activations > full.activations
     deeper = DECODER | {"num_hidden_layers": 8}
-    more = plan_run(run_config(tmp_path, deeper, remat="full"), Shares())
+    more = plan_run(run_config(tmp_path, deeper, remat="full"), abstract_mesh())
     # what a layer more keeps is its input, [2 32 192] in float32
     assert more.activations - full.activations == pytest.approx(2 * 2 * 32 * 192 * 4, rel=0.1)
 
 
 def test_a_mesh_divides_by_its_rules(tmp_path):
     config = run_config(tmp_path, DECODER, batch=8)
-    alone, fsdp, tensor = (plan_run(config, Shares(*mesh)) for mesh in ((1, 1, 1), (1, 4, 1), (1, 1, 2)))
+    alone, fsdp, tensor = (plan_run(config, abstract_mesh(*mesh)) for mesh in ((1, 1, 1), (1, 4, 1), (1, 1, 2)))
     vectors = 4 * (3 * 2 * 192 + 192)
     assert fsdp.base == (alone.base - vectors) // 4 + vectors
-    assert tensor.base == (alone.base - vectors) // 2 + vectors
+    tables = 4 * 2 * 701 * 192  # which an odd vocabulary leaves whole
+    assert tensor.base == (alone.base - vectors - tables) // 2 + vectors + tables
     layer = 4 * (2 * 192 * 192 + 2 * 192 * 96 + 3 * 192 * 512 + 2 * 192)
     assert (alone.gathered, fsdp.gathered, tensor.gathered) == (0, layer, 0)
     assert fsdp.trainable == alone.trainable == 2 * tensor.trainable
@@ -116,9 +119,9 @@ def test_devices_and_rows_that_do_not_fit():
     for name in ("h101", "v5e-0", "v5e-8-8", ""):
         with pytest.raises(ValueError, match="is not known; give cpu, or one of v4, v5e"):
             devices_from_name(name)
-    assert rows_a_device(16, 2, Shares(2, 2, 8)) == 2
+    assert rows_a_device(16, 2, abstract_mesh(2, 2, 8)) == 2
     with pytest.raises(ValueError, match=r"train.batch_size=12 does not divide into 2 parts .* take 16"):
-        rows_a_device(12, 2, Shares(2, 2, 1))
+        rows_a_device(12, 2, abstract_mesh(2, 2, 1))
 
 
 def test_the_command_says_what_fits_and_what_to_change(tmp_path, capsys):

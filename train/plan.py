@@ -7,6 +7,7 @@ abstract arrays, and `liveness` says what it holds at its fullest moment.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple
@@ -15,12 +16,13 @@ import jax
 import jax.numpy as jnp
 import tyro
 from flax import nnx
+from jax.sharding import AbstractMesh
 from rich.console import Console
 from rich.table import Table
 
 import melora_jax as mj
 from train.config import RunConfig, from_toml
-from train.devices import GIB, Devices, Shares, devices_from_name, rows_a_device, wide_axes
+from train.devices import GIB, Devices, devices_from_name, rows_a_device
 from train.experiment import TASKS
 from train.liveness import bytes_of, peak_bytes
 from train.step import Batch, make_loss, measurer
@@ -76,9 +78,8 @@ def plan(words: Sequence[str]) -> int:
     )
     config = from_toml(options.recipe, overrides)
     kinds = [devices_from_name(name) for name in options.device]
-    meshes = [_shares(devices, options) for devices in kinds]
-    found = {mesh: plan_run(config, mesh) for mesh in dict.fromkeys(meshes)}
-    plans = [found[mesh] for mesh in meshes]
+    kept = functools.cache(lambda mesh, cpu: plan_run(config, mesh, cpu=cpu))
+    plans = [kept(_mesh(devices, options), devices.kind == "cpu") for devices in kinds]
     console = Console()
     console.print(_describe(config), highlight=False, soft_wrap=True)
     console.print(_table(options.device, kinds, plans))
@@ -92,38 +93,49 @@ def plan(words: Sequence[str]) -> int:
     return 0 if fits else 1
 
 
-def _shares(devices: Devices, options: Options) -> Shares:
+def _mesh(devices: Devices, options: Options) -> AbstractMesh:
     if options.data < 1 or options.tensor < 1 or devices.count % (options.data * options.tensor):
         raise ValueError(
             f"--data {options.data} and --tensor {options.tensor} do not divide {devices.count} x {devices.kind}; "
             "their product must"
         )
-    return Shares(options.data, devices.count // (options.data * options.tensor), options.tensor)
+    return abstract_mesh(options.data, devices.count // (options.data * options.tensor), options.tensor)
 
 
-def plan_run(config: RunConfig, shares: Shares) -> Plan:
+def abstract_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
+    """A mesh of so many devices that need not be there."""
+    return AbstractMesh((data, fsdp, tensor), ("data", "fsdp", "tensor"))
+
+
+def plan_run(config: RunConfig, mesh: AbstractMesh, *, cpu: bool = False) -> Plan:
     """The memory of a run on one device of a mesh.
+
+    Args:
+      config: the run's.
+      mesh: its devices.
+      cpu: whether these are CPUs, on which XLA widens bfloat16 (see `peak_bytes`).
 
     Raises:
       ValueError, FileNotFoundError: whatever is wrong with the model's config.json, the adapter or the batch.
     """
-    rows = rows_a_device(config.train.batch_size, config.train.accumulate, shares)
-    run = abstract_run(config, rows)
-    wide = wide_axes(run.model.config)
+    rows = rows_a_device(config.train.batch_size, config.train.accumulate, mesh)
+    run = abstract_run(config, rows, mesh)
+    state, frozen, batch, _ = run.arguments
+    cut = _cut_sizes(run.model, (frozen, state.trainable), mesh.shape["tensor"])
 
     def size(aval: Any) -> int:
-        return bytes_of(aval) // shares.of_activation(aval.shape, wide)
+        return bytes_of(aval) // (mesh.shape["tensor"] if cut & set(aval.shape[1:]) else 1)
 
-    peak = peak_bytes(jax.make_jaxpr(run.step)(*run.arguments), size)
-    state, frozen, batch, _ = run.arguments
-    gradients = _bytes(state.trainable, shares)
+    program = jax.make_jaxpr(run.step)(*run.arguments)
+    peak = peak_bytes(program, size, donated=len(jax.tree.leaves(state)), cpu=cpu)
+    gradients = _bytes(state.trainable)
     return Plan(
-        base=_bytes(frozen, shares),
-        gathered=_largest_layer(frozen) // shares.tensor if shares.fsdp > 1 else 0,
+        base=_bytes(frozen),
+        gathered=_largest_layer(frozen, mesh.shape["fsdp"]),
         trainable=gradients,
-        optimizer=_bytes(state.opt_state, shares),
+        optimizer=_bytes(state.opt_state),
         gradients=gradients,
-        batch=_bytes(batch, Shares()) * config.train.accumulate,
+        batch=sum(map(bytes_of, batch.values())) * config.train.accumulate,
         activations=max(0, peak - gradients),
     )
 
@@ -136,13 +148,11 @@ class AbstractRun(NamedTuple):
     arguments: tuple[mj.TrainState, nnx.State, Batch, Any]
 
 
-def abstract_run(config: RunConfig, rows: int) -> AbstractRun:
-    """The run of a configuration, a step of it taking `rows` of the longest rows."""
+def abstract_run(config: RunConfig, rows: int, mesh: AbstractMesh | None = None) -> AbstractRun:
+    """The run of a configuration, a step of it taking `rows` of the longest rows; its state as it lies on `mesh`."""
     model = _abstract_model(config)
     tx = mj.make_optimizer(model, config.optim.learning_rate, clip_norm=config.optim.clip_norm)
-    _, trainable, frozen, host = nnx.split(model, nnx.Param, mj.FrozenParam, ...)
-    step_number: Any = jax.ShapeDtypeStruct((), jnp.int32)
-    state = mj.TrainState(step_number, trainable, jax.eval_shape(tx.init, trainable), host)
+    state, frozen = mj.abstract_train_state(model, tx, mesh)
     step = mj.make_train_step(model, tx, make_loss(measurer(config.model.task, config.instruction.chunk)))
     key = jax.eval_shape(lambda: jax.random.key(0))
     return AbstractRun(model, step, (state, frozen, _abstract_batch(config, rows), key))
@@ -186,23 +196,33 @@ def _abstract_batch(config: RunConfig, rows: int) -> Batch:
     return batch | {"labels": array(rows, dtype=label), "weight": array(rows, dtype=jnp.float32)}
 
 
-def _bytes(tree: Any, shares: Shares) -> int:
-    """Bytes on one device of all arrays of a tree; those with three axes are factors or their moments."""
-
-    def one(leaf: Any) -> int:
-        parts = shares.of_factor(leaf.shape) if len(leaf.shape) == 3 else shares.of_base(leaf.shape)
-        return -(-bytes_of(leaf) // parts)
-
-    return sum(one(leaf) for leaf in jax.tree.leaves(tree))
+def _bytes(tree: Any) -> int:
+    """What one device holds of the arrays of a tree."""
+    return sum(map(_own_bytes, jax.tree.leaves(tree)))
 
 
-def _largest_layer(frozen: nnx.State) -> int:
-    """Bytes of the numbered layer that has the most."""
+def _own_bytes(leaf: Any) -> int:
+    return bytes_of(jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype))
+
+
+def _cut_sizes(model: Any, tree: Any, tensor: int) -> set[int]:
+    """The sizes of the axes that tensor cuts: of kernels and so of what they give, and of heads."""
+    heads = {count for count in (model.layout.heads, model.layout.kv_heads) if count % tensor == 0}
+    leaves = jax.tree.leaves(tree)
+    cut = {
+        size for leaf in leaves for size, axis in zip(leaf.shape, leaf.sharding.spec, strict=False) if axis == "tensor"
+    }
+    return heads | cut if tensor > 1 else set()
+
+
+def _largest_layer(frozen: nnx.State, fsdp: int) -> int:
+    """Bytes of the numbered layer that has the most, gathered from its shards over fsdp; 0 where there are none."""
     layers: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(frozen):
         numbered = re.match(r".*?/\d+/", jax.tree_util.keystr(path, simple=True, separator="/"))
-        if numbered:
-            layers[numbered[0]] = layers.get(numbered[0], 0) + bytes_of(leaf)
+        if numbered and fsdp > 1:
+            parts = fsdp if "fsdp" in leaf.sharding.spec else 1
+            layers[numbered[0]] = layers.get(numbered[0], 0) + parts * _own_bytes(leaf)
     return max(layers.values(), default=0)
 
 
