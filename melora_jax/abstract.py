@@ -41,7 +41,7 @@ def abstract_train_state(
     ...     model = abstract_model(folder, task="causal-lm")
     >>> mesh = AbstractMesh((1, 2, 2), ("data", "fsdp", "tensor"))
     >>> state, _ = abstract_train_state(model, optax.sgd(0.1), mesh)
-    >>> state.trainable["lm_head"]["kernel"][...].sharding.spec
+    >>> state.trainable["lm_head"]["kernel"].get_raw_value().sharding.spec
     P('fsdp', 'tensor')
     """
     _, trainable, frozen, host = nnx.split(model, nnx.Param, FrozenParam, ...)

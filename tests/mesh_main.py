@@ -9,6 +9,7 @@ runs the models on the meshes, compares them with one device, and counts the byt
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import sys
@@ -51,6 +52,32 @@ def check_quantized(folder: Path, qtype: str, family: str, mesh: jax.sharding.Me
     cut = [axes <= {name for name in code[...].sharding.spec if name} for code in codes]
     run = compare(train(folder, family, mesh, qtype=qtype), train(folder, family, None, qtype=qtype))
     return run | {"layers": len(cut), "cut": sum(cut)}
+
+
+def check_planned(folder: Path, mesh: jax.sharding.Mesh) -> dict[str, bool]:
+    """Whether abstract shapes lie on an abstract mesh as the arrays do on the real one, optimizer state included."""
+    equal = {}
+    for name, family, qtype in (("bert", "bert", None), ("llama", "llama", None), ("nf4", "llama", "nf4")):
+        model = adapted(folder, family, mesh, qtype)
+        tx = mj.make_optimizer(model, 1e-3, head_learning_rate=1e-3)
+        task, labels = TASKS[family]
+        shapes = mj.abstract_model(folder / family, task=task, num_labels=labels)
+        config = dataclasses.replace(mj.describe(model) and model.melora_config, modules_to_save=[HEADS[family]])
+
+        def adapt(shapes: Any, qtype: Any = qtype, config: Any = config) -> Any:
+            if qtype:
+                mj.quantize(shapes, qtype)
+            mj.adapt(shapes, config, rngs=nnx.Rngs(0))
+            return shapes
+
+        planned = mj.abstract_train_state(nnx.eval_shape(adapt, shapes), tx, mesh.abstract_mesh)
+        pairs = zip(jax.tree.leaves(planned), jax.tree.leaves(mj.train_state(model, tx)), strict=True)
+        equal[name] = all(
+            (ours.shape, ours.dtype, ours.sharding.shard_shape(ours.shape))
+            == (real.shape, real.dtype, real.sharding.shard_shape(real.shape))
+            for ours, real in pairs
+        )
+    return equal
 
 
 def check_training(folder: Path, family: str, mesh: jax.sharding.Mesh) -> dict[str, Any]:
@@ -142,6 +169,8 @@ def main(folder: Path, checks: list[str]) -> None:
             result = check_quantized(folder, *what.split("-"), mesh)
         elif what.startswith("whole-"):
             result = check_whole(folder, what.removeprefix("whole-"), mesh)
+        elif what == "planned":
+            result = check_planned(folder, mesh)
         elif what == "masks":
             result = check_masks(mesh)
         elif what == "guard":

@@ -82,6 +82,10 @@ def test_every_other_mesh_does_too(tmp_path: Path) -> None:
         check_equal(result)
 
 
+def test_what_each_device_holds_is_known_beforehand(results: dict[str, Any]) -> None:
+    assert results["planned:2,2,2"] == {"bert": True, "llama": True, "nf4": True}
+
+
 def test_factors_and_their_moments_are_cut_over_tensor(results: dict[str, Any]) -> None:
     # A and B of query, key, value and three dense layers, each with two moments.
     assert results["bert:2,2,2"]["cut"] == 6 * 2 * 3
