@@ -9,7 +9,6 @@ runs the models on the meshes, compares them with one device, and counts the byt
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import sys
@@ -62,7 +61,7 @@ def check_planned(folder: Path, mesh: jax.sharding.Mesh) -> dict[str, bool]:
         tx = mj.make_optimizer(model, 1e-3, head_learning_rate=1e-3)
         task, labels = TASKS[family]
         shapes = mj.abstract_model(folder / family, task=task, num_labels=labels)
-        config = dataclasses.replace(mj.describe(model) and model.melora_config, modules_to_save=[HEADS[family]])
+        config = model.melora_config
 
         def adapt(shapes: Any, qtype: Any = qtype, config: Any = config) -> Any:
             if qtype:

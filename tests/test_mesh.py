@@ -38,6 +38,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         tmp_path_factory.mktemp("mesh"),
         *SOME,
         *QUANTIZED,
+        "planned:2,2,2",
         "masks:2,2,2",
         "bytes:2,2,2",
         "guard:2,2,2",

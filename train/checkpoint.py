@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,6 +15,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from melora_jax import TrainState
+from train.hosts import is_first
+from train.record import replace_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,17 +48,9 @@ class Checkpoints:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        # max_to_keep with a best_fn would drop the newest checkpoint, from which a run resumes.
-        keep = checkpoint_managers.AnyPreservationPolicy(
-            [
-                checkpoint_managers.LatestN(1),
-                checkpoint_managers.BestN(get_metric_fn=_rank, n=1),
-            ]
-        )
+        self._best = _BestStep()
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=keep,
-            # The policy decides; but without a best_fn metrics are not stored, and a resumed run forgets its best.
-            best_fn=_rank,
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy([checkpoint_managers.LatestN(1), self._best]),
             cleanup_tmp_directories=True,
             # Adapters are small: a save that has returned is on disk, and its errors are ours to explain.
             enable_async_checkpointing=False,
@@ -75,28 +70,36 @@ class Checkpoints:
         latest = self.latest()
         return "no checkpoint was written yet" if latest is None else f"the checkpoint of step {latest} is intact"
 
-    def save(self, state: TrainState, notes: Bookkeeping, score: float | None) -> None:
-        """Saves at the state's step; a checkpoint of that step is left as it is.
+    def save(self, state: TrainState, notes: Bookkeeping) -> None:
+        """Saves at the state's step; of a checkpoint of that step, only the notes are written anew.
 
-        Args:
-          score: the ranking metric, larger is better; `None` for a save without an evaluation.
+        The newest checkpoint and that of `notes.best_step` are kept.
 
         Raises:
           OSError: the disk refuses. Earlier checkpoints stay.
         """
-        step = int(state.step)
+        step, self._best.step = int(state.step), notes.best_step
         if step in self._manager.all_steps():
+            self._note_later(step, notes)
             return
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(_named(state)), notes=ocp.args.JsonSave(dataclasses.asdict(notes))
         )
-        metrics = {"score": score, "step": step}
         try:
-            self._manager.save(step, args=items, metrics=metrics)
+            self._manager.save(step, args=items)
         except (OSError, ValueError) as error:
             raise OSError(
                 f"checkpoint of step {step} could not be written to {self.folder}: {_reason(error)}"
             ) from error
+
+    def _note_later(self, step: int, notes: Bookkeeping) -> None:
+        """The evaluation that was broken off was made after all."""
+        if is_first():
+            # orbax has no way to change an item; its JSON items are one file.
+            replace_text(self.folder / str(step) / "notes" / "metadata", json.dumps(dataclasses.asdict(notes)))
+        for other in self.steps():
+            if other not in (step, notes.best_step):
+                self._manager.delete(other)
 
     def restore(self, like: TrainState) -> tuple[TrainState, Bookkeeping]:
         """The newest checkpoint, as arrays placed like those of `like`.
@@ -114,6 +117,7 @@ class Checkpoints:
                 f"checkpoint {self.folder / str(step)} can't be restored, it is of another model or damaged; "
                 f"start again in another --output.folder: {_reason(error)}"
             ) from error
+        self._best.step = restored["notes"]["best_step"]
         leaves = [restored["state"][name] for name in _named(like)]
         return jax.tree.unflatten(jax.tree.structure(like), leaves), Bookkeeping(**restored["notes"])
 
@@ -138,9 +142,14 @@ class Checkpoints:
         self._manager.close()
 
 
-def _rank(metrics: Any) -> Any:
-    """A sort key: of equal scores the first step wins, as in the loop; no score is the least. (A pair sorts too.)"""
-    return (-math.inf if metrics["score"] is None else metrics["score"]), -metrics["step"]
+@dataclasses.dataclass
+class _BestStep(checkpoint_managers.PreservationPolicy):
+    """Keeps the checkpoint of one step."""
+
+    step: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        return [checkpoint.step == self.step for checkpoint in checkpoints]
 
 
 def _named(state: TrainState) -> dict[str, Any]:
