@@ -66,7 +66,7 @@ class QuantizedLinear(nnx.Module):
         self.codes = QuantizedParam(quantized.qvalue)
         self.scale = QuantizedParam(quantized.scale)
         self.bias = layer.bias
-        self.dot_general = layer.dot_general
+        self.dot_general: Any = layer.dot_general
 
     def __call__(self, x: jax.Array) -> jax.Array:
         if active_mesh() is not None and isinstance(self.dot_general, ParallelDot):

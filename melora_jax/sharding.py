@@ -205,7 +205,7 @@ def shardings_of(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding, tree)
 
 
-def shardings_like(tree: Any, parameters: Any, mesh: Mesh) -> Any:
+def shardings_like(tree: Any, parameters: Any, mesh: Mesh | AbstractMesh) -> Any:
     """The shardings of an optimizer's state: each leaf that belongs to a parameter lies as it does.
 
     Args:

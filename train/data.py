@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -89,8 +90,8 @@ def _values_of_all(table: Table, column: str, share: Share) -> np.ndarray:
 
 def _words_of_all(table: Table, column: str, share: Share) -> Table:
     """The labels of every process's rows as words, and where these rows stand."""
-    parts = share.gather(lambda: [label_words(table, column), [*table.numbers]])
-    words, numbers = ([value for part in parts for value in part[place]] for place in (0, 1))
+    parts: Any = share.gather(lambda: [label_words(table, column), [*table.numbers]])
+    words, numbers = (list(itertools.chain.from_iterable(part)) for part in zip(*parts, strict=True))
     return Table(table.source, {column: words}, table.unit, numbers)
 
 

@@ -112,7 +112,8 @@ class Share:
         """The same rows with what every process has of them, as JSON keeps it."""
         held = [place for place, row in enumerate(rows) if row is not None]
         merged: list[Any] = [*rows]
-        for places, values in self.gather(lambda: [held, [rows[place] for place in held]]) if self.of > 1 else ():
+        parts: Any = self.gather(lambda: [held, [rows[place] for place in held]]) if self.of > 1 else ()
+        for places, values in parts:
             for place, value in zip(places, values, strict=True):
                 merged[place] = value
         return merged
