@@ -1,5 +1,6 @@
 """MELoRA for JAX and Flax: mini-ensemble low-rank adapters in any NNX model (arXiv 2402.17263)."""
 
+from melora_jax.abstract import abstract_train_state
 from melora_jax.adalora import AdaLoRADense, orthogonality
 from melora_jax.adapters import export_peft, import_peft, load_adapter, save_adapter, spectra, warm_start
 from melora_jax.config import MELoRAConfig
@@ -47,6 +48,7 @@ __all__ = [
     "Stacking",
     "TrainState",
     "abstract_model",
+    "abstract_train_state",
     "adapt",
     "batch_sharding",
     "check_mesh",

@@ -78,25 +78,45 @@ class ParallelDot:
           beside: what each device adds.
           **options: of `jax.lax.dot_general`.
         """
+
+        def dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
+            return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), **options)
+
+        return self.product_by(dot, x, (kernel,), (self.kernel_spec(require_mesh()),), beside)
+
+    def kernel_spec(self, mesh: AbstractMesh) -> PartitionSpec:
+        """How the kernel lies inside the product, gathered over fsdp."""
+        form = self.form(mesh)
+        return PartitionSpec(TENSOR if form == "row" else None, TENSOR if form == "column" else None)
+
+    def product_by(
+        self,
+        dot: Callable[..., jax.Array],
+        x: jax.Array,
+        weights: tuple[jax.Array, ...],
+        specs: tuple[PartitionSpec, ...],
+        beside: Beside | None = None,
+    ) -> jax.Array:
+        """The same for a kernel that is made of `weights`, cut as `specs` say: `dot(x, *weights)` on one's parts."""
         mesh = require_mesh()
         form = self.form(mesh)
         rows = batch_spec(x.shape, mesh)[:-1]
         extra = Beside(lambda y, x: y, (), ()) if beside is None else beside
 
-        def local(x: jax.Array, kernel: jax.Array, *operands: jax.Array) -> jax.Array:
+        def local(x: jax.Array, *operands: jax.Array) -> jax.Array:
             if form == "column":
                 # Once, so that the backward pass sums one gradient of x, not the base's and the adapter's apart.
                 x = jax.lax.pcast(x, TENSOR, to="varying")
-            y = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), **options)
-            y = extra.add(y, x, *operands)
+            y = dot(x, *operands[: len(weights)])
+            y = extra.add(y, x, *operands[len(weights) :])
             return jax.lax.psum(y, TENSOR) if form == "row" else y
 
         over_in, over_out = (TENSOR if form == "row" else None), (TENSOR if form == "column" else None)
         return jax.shard_map(
             local,
-            in_specs=(PartitionSpec(*rows, over_in), PartitionSpec(over_in, over_out), *extra.specs),
+            in_specs=(PartitionSpec(*rows, over_in), *specs, *extra.specs),
             out_specs=PartitionSpec(*rows, over_out),
-        )(x, kernel, *extra.operands)
+        )(x, *weights, *extra.operands)
 
 
 def _require_one_device(kernel: jax.Array) -> None:

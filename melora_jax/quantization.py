@@ -15,9 +15,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from melora_jax.graph import path_of, rewrite, walk
-from melora_jax.sharding import mesh_of_tree
+from melora_jax.parallel import Beside, ParallelDot, require_mesh
+from melora_jax.sharding import active_mesh, mesh_of
 
 QType = Literal["int8", "nf4"]
 _LARGEST_TILE = 64  # as in QLoRA (arXiv 2305.14314, section 4)
@@ -57,16 +59,37 @@ class QuantizedLinear(nnx.Module):
 
     def __init__(self, layer: nnx.Linear, qtype: QType) -> None:
         kernel = layer.kernel[...]
-        quantized = _quantized(kernel, qtype)
+        quantized = _quantized_in_place(kernel, qtype)
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.qtype: QType = qtype
         self.dtype = jnp.dtype(layer.dtype or kernel.dtype)
         self.codes = QuantizedParam(quantized.qvalue)
         self.scale = QuantizedParam(quantized.scale)
         self.bias = layer.bias
+        self.dot_general: Any = layer.dot_general
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        if active_mesh() is not None and isinstance(self.dot_general, ParallelDot):
+            return self.on_mesh(x)
         y: Any = _product(x.astype(self.dtype), self.codes[...], self.scale[...], self.qtype)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+    def on_mesh(self, x: jax.Array, beside: Beside | None = None) -> jax.Array:
+        """The output on the mesh in force, each device making its part of W_q; `beside` as in `ParallelDot.product`."""
+        mesh, codes, scale = require_mesh(), self.codes[...], self.scale[...]
+        kernel, tile = self.dot_general.kernel_spec(mesh), self.in_features // scale.shape[0]
+        over_in, over_out = kernel
+        whole = over_in is not None and scale.shape[0] % mesh.shape[over_in] != 0
+
+        def dot(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
+            if whole and scale.shape[0] > 1:
+                # Tiles that reach over the edges between devices: the scale of each of one's own inputs.
+                first = jax.lax.axis_index(over_in) * codes.shape[0]
+                scale = jnp.take(scale, (first + jnp.arange(codes.shape[0])) // tile, axis=0)
+            return _product(x, codes, scale, self.qtype)
+
+        specs = (kernel, PartitionSpec(None if whole else over_in, over_out))
+        y = self.dot_general.product_by(dot, x.astype(self.dtype), (codes, scale), specs, beside)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
     @property
@@ -88,15 +111,15 @@ def quantize(model: nnx.Module, qtype: QType) -> Quantization:
     """Quantises the dense layers of a model's numbered layers, in place; embeddings, norms and heads stay as they are.
 
     Call it before `adapt`, which freezes what it made. `merge` turns the layers back into plain ones, of the quantised
-    values: what the quantisation rounded stays rounded.
+    values: what the quantisation rounded stays rounded. On a mesh codes and scales lie as the kernels did.
 
     Args:
       model: a model whose parameters are loaded.
       qtype: "int8" (8 bits a weight and a scale an output) or "nf4" (4 bits a weight and a scale for 64).
 
     Raises:
-      ValueError: the type is unknown, the model has no such layers, lies on a mesh, or was quantised or adapted
-        before; or qwix is not installed.
+      ValueError: the type is unknown, the model has no such layers, or was quantised or adapted before; or qwix is not
+        installed.
 
     >>> model = nnx.List([nnx.Linear(128, 24, rngs=nnx.Rngs(0))])
     >>> print(quantize(nnx.Sequential(*model), "nf4"))
@@ -109,7 +132,6 @@ def quantize(model: nnx.Module, qtype: QType) -> Quantization:
     if not chosen:
         kind = type(model).__name__
         raise ValueError(f"{kind} has no plain nnx.Linear in numbered layers to quantise; load it anew, before adapt")
-    _refuse_mesh(model)
     made: dict[int, QuantizedLinear] = {}
     before = 0
 
@@ -125,11 +147,6 @@ def quantize(model: nnx.Module, qtype: QType) -> Quantization:
     report = Quantization(qtype, len(made), before, after)
     _log.info("%s", report)
     return report
-
-
-def _refuse_mesh(model: nnx.Module) -> None:
-    if mesh_of_tree(nnx.state(model)) is not None:
-        raise ValueError("a base on a mesh is not quantised; load the model without a mesh, or leave quantize out")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -148,6 +165,23 @@ def _backward(qtype: QType, kept: Any, cotangent: jax.Array) -> tuple[Any, ...]:
 
 
 _product.defvjp(_forward, _backward)
+
+
+def _quantized_in_place(kernel: jax.Array, qtype: QType) -> Any:
+    """The same where the kernel lies: on a mesh, codes and scales are cut as it is, scales where there are enough."""
+    mesh, sharding = mesh_of(kernel), getattr(kernel, "sharding", None)
+    if mesh is None or not isinstance(sharding, NamedSharding):
+        return _quantized(kernel, qtype)
+
+    def placed(part: jax.ShapeDtypeStruct) -> NamedSharding:
+        axes = [*sharding.spec, *[None] * (kernel.ndim - len(sharding.spec))]
+        cut = (
+            axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, part.shape, strict=True)
+        )
+        return NamedSharding(mesh, PartitionSpec(*cut))
+
+    make = functools.partial(_quantized, qtype=qtype)
+    return jax.jit(make, out_shardings=jax.tree.map(placed, jax.eval_shape(make, kernel)))(kernel)
 
 
 def _quantized(kernel: jax.Array, qtype: QType) -> Any:

@@ -41,6 +41,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(pooler/dense|pre_classifier|classifier/dense|classifier/out_proj|classifier)/bias", (None,)),
     (r"\w*(layer_?norm|LayerNorm|norm)/(scale|bias)", (None,)),
 )
+_CODES = r"/codes$|(?<!norm)(?<!Norm)/scale$"  # codes and scales are cut like the kernel that they stand for
 MESH_AXES: dict[str, str] = {"vocab": TENSOR, "embed": FSDP, "heads": TENSOR, "kv_heads": TENSOR, "mlp": TENSOR}
 
 
@@ -133,7 +134,9 @@ class Layout:
         axes = []
         for axis, size in zip(logical_axes(path, shape), shape, strict=True):
             over = None if axis is None else MESH_AXES[axis]
-            divides = axis is not None and over is not None and self._units(axis, size) % mesh.shape[over] == 0
+            # Of a quantised kernel's scales there may be fewer than units.
+            parts = 1 if over is None else mesh.shape[over]
+            divides = axis is not None and self._units(axis, size) % parts == size % parts == 0
             axes.append(over if divides else None)
         return PartitionSpec(*axes)
 
@@ -147,7 +150,7 @@ def logical_axes(path: str, shape: tuple[int, ...]) -> tuple[str | None, ...]:
     >>> logical_axes("bert/encoder/layer/0/attention/output/dense/kernel", (8, 8))
     ('heads', 'embed')
     """
-    plain = path.replace("/base/", "/")  # inside an adapter's layer
+    plain = re.sub(_CODES, "/kernel", path.replace("/base/", "/"))  # inside an adapter's layer; quantised
     for pattern, axes in RULES:
         if re.search(rf"(?:^|/){pattern}$", plain) and len(axes) <= len(shape):
             return (None,) * (len(shape) - len(axes)) + axes
@@ -202,7 +205,7 @@ def shardings_of(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding, tree)
 
 
-def shardings_like(tree: Any, parameters: Any, mesh: Mesh) -> Any:
+def shardings_like(tree: Any, parameters: Any, mesh: Mesh | AbstractMesh) -> Any:
     """The shardings of an optimizer's state: each leaf that belongs to a parameter lies as it does.
 
     Args:

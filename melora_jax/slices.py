@@ -15,12 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from melora_jax import blocks
 from melora_jax.config import AdapterSpec, Strategy
 from melora_jax.dropout import drop, keep_mask
 from melora_jax.parallel import Beside, Form, at_own_part, own_part
+from melora_jax.quantization import QuantizedLinear
 from melora_jax.sharding import TENSOR, batch_spec, mesh_of
 
 
@@ -40,8 +41,13 @@ def factor_sharding(kernel: object, spec: AdapterSpec) -> NamedSharding | None:
     mesh = mesh_of(kernel)
     if mesh is None or not isinstance(placed := getattr(kernel, "sharding", None), NamedSharding):
         return None
-    along = TENSOR in placed.spec and why_whole(spec, mesh.shape[TENSOR]) is None
-    return NamedSharding(mesh, PartitionSpec(TENSOR) if along else PartitionSpec())
+    return NamedSharding(mesh, factor_spec(placed.spec, spec, mesh))
+
+
+def factor_spec(kernel: PartitionSpec, spec: AdapterSpec, mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """How an adapter's factors are cut, from how its base's kernel is."""
+    along = TENSOR in kernel and why_whole(spec, mesh.shape[TENSOR]) is None
+    return PartitionSpec(TENSOR) if along else PartitionSpec()
 
 
 def whole_notes(adapters: Iterable[tuple[str, object, AdapterSpec]]) -> tuple[str, ...]:
@@ -75,17 +81,21 @@ def product_with_adapter(
     """A dense layer's output plus its adapter's, each device's parts of both summed before anything is sent.
 
     Args:
-      base: an `nnx.Linear` whose `dot_general` is a `ParallelDot`.
+      base: an `nnx.Linear` whose `dot_general` is a `ParallelDot`; or one of these quantised.
       mesh: the mesh in force.
       x: its input `[..., d_in]`.
       factors_for: A and B in the dtype that goes with an output's.
       scale, spec, strategy, path: as for `beside_base`.
     """
+    form = base.dot_general.form(mesh)
+    if isinstance(base, QuantizedLinear):
+        like = jax.ShapeDtypeStruct((*x.shape[:-1], base.out_features), base.dtype)
+        return base.on_mesh(x, beside_base(form, mesh, x, factors_for(like), scale, spec, strategy, path))
     bias = None if base.bias is None else base.bias[...]
     x, kernel, bias = base.promote_dtype((x, base.kernel[...], bias), dtype=base.dtype)
     output = functools.partial(jnp.matmul, preferred_element_type=base.preferred_element_type)
     factors = factors_for(jax.eval_shape(output, x, kernel))
-    beside = beside_base(base.dot_general.form(mesh), mesh, x, factors, scale, spec, strategy, path)
+    beside = beside_base(form, mesh, x, factors, scale, spec, strategy, path)
     options = {"precision": base.precision, "preferred_element_type": base.preferred_element_type}
     y = base.dot_general.product(x, kernel, beside, **options)
     return y if bias is None else y + bias

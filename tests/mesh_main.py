@@ -20,7 +20,7 @@ import numpy as np
 import tiny_run
 from flax import nnx
 from mesh_bytes import table
-from mesh_runs import HEADS, TASKS, WHOLE, Run, compare, train, write_checkpoints
+from mesh_runs import HEADS, TASKS, WHOLE, Run, adapted, compare, train, write_checkpoints
 
 import melora_jax as mj
 from melora_jax.dropout import dropout_key, keep_mask
@@ -41,6 +41,42 @@ def check_whole(folder: Path, family: str, mesh: jax.sharding.Mesh) -> dict[str,
     """Full fine-tuning: every variable is trained."""
     changes = WHOLE | {"modules_to_save": {"bert": ["bert", "classifier"], "llama": ["model", "lm_head"]}[family]}
     return compare(train(folder, family, mesh, **changes), train(folder, family, None, **changes))
+
+
+def check_quantized(folder: Path, qtype: str, family: str, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Training on a quantised base; codes must be the same, and cut like the kernels that they stand for."""
+    model = adapted(folder, family, mesh, qtype)
+    codes = [v for path, v in nnx.to_flat_state(nnx.state(model, mj.FrozenParam)) if path[-1] == "codes"]
+    axes = {axis for axis in ("fsdp", "tensor") if mesh.shape[axis] > 1}
+    cut = [axes <= {name for name in code[...].sharding.spec if name} for code in codes]
+    run = compare(train(folder, family, mesh, qtype=qtype), train(folder, family, None, qtype=qtype))
+    return run | {"layers": len(cut), "cut": sum(cut)}
+
+
+def check_planned(folder: Path, mesh: jax.sharding.Mesh) -> dict[str, bool]:
+    """Whether abstract shapes lie on an abstract mesh as the arrays do on the real one, optimizer state included."""
+    equal = {}
+    for name, family, qtype in (("bert", "bert", None), ("llama", "llama", None), ("nf4", "llama", "nf4")):
+        model = adapted(folder, family, mesh, qtype)
+        tx = mj.make_optimizer(model, 1e-3, head_learning_rate=1e-3)
+        task, labels = TASKS[family]
+        shapes = mj.abstract_model(folder / family, task=task, num_labels=labels)
+        config = model.melora_config
+
+        def adapt(shapes: Any, qtype: Any = qtype, config: Any = config) -> Any:
+            if qtype:
+                mj.quantize(shapes, qtype)
+            mj.adapt(shapes, config, rngs=nnx.Rngs(0))
+            return shapes
+
+        planned = mj.abstract_train_state(nnx.eval_shape(adapt, shapes), tx, mesh.abstract_mesh)
+        pairs = zip(jax.tree.leaves(planned), jax.tree.leaves(mj.train_state(model, tx)), strict=True)
+        equal[name] = all(
+            (ours.shape, ours.dtype, ours.sharding.shard_shape(ours.shape))
+            == (real.shape, real.dtype, real.sharding.shard_shape(real.shape))
+            for ours, real in pairs
+        )
+    return equal
 
 
 def check_training(folder: Path, family: str, mesh: jax.sharding.Mesh) -> dict[str, Any]:
@@ -134,8 +170,12 @@ def main(folder: Path, checks: list[str]) -> None:
         mesh = mj.make_mesh(*map(int, sizes.split(",")))
         if what == "bytes":
             result: dict[str, Any] = table(folder, mesh)
+        elif what.startswith(("nf4-", "int8-")):
+            result = check_quantized(folder, *what.split("-"), mesh)
         elif what.startswith("whole-"):
             result = check_whole(folder, what.removeprefix("whole-"), mesh)
+        elif what == "planned":
+            result = check_planned(folder, mesh)
         elif what == "masks":
             result = check_masks(mesh)
         elif what == "guard":

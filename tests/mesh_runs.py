@@ -87,10 +87,12 @@ def loss(model: Any, batch: Any) -> Any:
     return (losses * batch["weight"]).sum() / batch["weight"].sum(), {"weight": batch["weight"].sum()}
 
 
-def adapted(folder: Path, family: str, mesh: Mesh | None, **changes: Any) -> Any:
-    """The model with adapters of n=8 (or as `changes` say) that are not zero."""
+def adapted(folder: Path, family: str, mesh: Mesh | None, qtype: Any = None, **changes: Any) -> Any:
+    """The model with adapters of n=8 (or as `changes` say) that are not zero; its base quantised to `qtype`, if any."""
     task, labels = TASKS[family]
     model = mj.from_pretrained(folder / family, task=task, num_labels=labels, mesh=mesh)
+    if qtype:
+        mj.quantize(model, qtype)
     settings: dict[str, Any] = {
         "n": 8,
         "r": 2,
@@ -142,5 +144,7 @@ def compare(run: Run, alone: Run) -> dict[str, Any]:
     kept = {path: value for path, value in run.state.items() if value.ndim and "/self/key/bias" not in path}
     worst = {path: distance(value, alone.state[path]) for path, value in kept.items()}
     path = max(worst, key=lambda path: worst[path])
+    gradients = max(far for path, far in worst.items() if {"mu", "nu"} & set(path.split("/")))
     untouched = all(np.array_equal(value, alone.frozen[path]) for path, value in run.frozen.items())
-    return {"losses": distance(run.losses, alone.losses), "state": worst[path], "at": path, "untouched": untouched}
+    losses = distance(run.losses, alone.losses)
+    return {"losses": losses, "gradients": gradients, "state": worst[path], "at": path, "untouched": untouched}

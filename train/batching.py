@@ -13,6 +13,9 @@ from train.text import Tokens
 # Batches sorted by length together. Real tokens of those computed, at batch 32 and the default widths: 0.86 for
 # movie-review sentences and RTE, 0.73 for SST-2; in pools of 8, 0.77, 0.73, 0.61; in one pool of all, 0.88, 0.88, 0.76.
 POOL = 50
+# In place of what another process holds: less than any token id, so that the largest that a process says of a place is
+# what stands there.
+ABSENT = -1
 
 
 class BatchRows(NamedTuple):
@@ -101,7 +104,7 @@ def eval_batches(lengths: np.ndarray, batch_size: int, buckets: Sequence[int]) -
 
 
 def make_batch(
-    tokens: Tokens, labels: np.ndarray, indices: np.ndarray, width: int, pad_id: int, part: slice = slice(None)
+    tokens: Tokens, labels: np.ndarray, indices: np.ndarray, width: int, pad_id: int
 ) -> dict[str, np.ndarray]:
     """The arrays of one batch.
 
@@ -112,22 +115,23 @@ def make_batch(
         of nothing but padding would leave attention without a key.
       width: t, tokens a row after padding.
       pad_id: the tokenizer's padding id.
-      part: the places to make, of those in `indices`.
 
     Returns:
       input_ids, attention_mask and, if the model knows them, token_type_ids int32 [b, t]; labels and weight [b].
+      A token of a row that another process holds is `ABSENT`.
     """
-    rows, indices = np.where(indices < 0, indices[0], indices)[part], indices[part]
+    rows = np.where(indices < 0, indices[0], indices)
     batch = {"input_ids": np.full((len(rows), width), pad_id, np.int32)}
     batch["attention_mask"] = np.zeros_like(batch["input_ids"])
     if tokens.token_type_ids is not None:
         batch["token_type_ids"] = np.zeros_like(batch["input_ids"])
     for place, row in enumerate(rows):
-        length = len(tokens.input_ids[row])
-        batch["input_ids"][place, :length] = tokens.input_ids[row]
+        length, ids = tokens.lengths[row], tokens.input_ids[row]
+        batch["input_ids"][place, :length] = ABSENT if ids is None else ids
         batch["attention_mask"][place, :length] = 1
         if tokens.token_type_ids is not None:
-            batch["token_type_ids"][place, :length] = tokens.token_type_ids[row]
+            types = tokens.token_type_ids[row]
+            batch["token_type_ids"][place, :length] = ABSENT if types is None else types
     return batch | {"labels": labels[rows], "weight": (indices >= 0).astype(np.float32)}
 
 

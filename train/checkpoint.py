@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
@@ -14,6 +15,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from melora_jax import TrainState
+from train.hosts import is_first
+from train.record import replace_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,17 +51,9 @@ class Checkpoints(Generic[Notes]):
 
     def __init__(self, folder: Path, kind: type[Notes]) -> None:
         self.folder, self._kind = folder, kind
-        # max_to_keep with a best_fn would drop the newest checkpoint, from which a run resumes.
-        keep = checkpoint_managers.AnyPreservationPolicy(
-            [
-                checkpoint_managers.LatestN(1),
-                checkpoint_managers.BestN(get_metric_fn=_rank, n=1),
-            ]
-        )
+        self._best = _BestStep()
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=keep,
-            # The policy decides; but without a best_fn metrics are not stored, and a resumed run forgets its best.
-            best_fn=_rank,
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy([checkpoint_managers.LatestN(1), self._best]),
             cleanup_tmp_directories=True,
             # Adapters are small: a save that has returned is on disk, and its errors are ours to explain.
             enable_async_checkpointing=False,
@@ -78,29 +73,38 @@ class Checkpoints(Generic[Notes]):
         latest = self.latest()
         return "no checkpoint was written yet" if latest is None else f"the checkpoint of step {latest} is intact"
 
-    def save(self, state: TrainState, notes: Notes, score: float | None) -> None:
-        """Saves at the state's step; a checkpoint of that step is left as it is.
+    def save(self, state: TrainState, notes: Notes, best_step: int | None) -> None:
+        """Saves at the state's step; of a checkpoint of that step, only the notes are written anew.
 
-        Args:
-          score: the ranking metric, larger is better; `None` for a save without an evaluation.
+        The newest checkpoint and that of `best_step` are kept.
 
         Raises:
           OSError: the disk refuses. Earlier checkpoints stay.
         """
-        step = int(state.step)
+        step, self._best.step = int(state.step), best_step
         if step in self._manager.all_steps():
+            self._note_later(step, notes, best_step)
             return
         table: Any = notes
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(_named(state)), notes=ocp.args.JsonSave(dataclasses.asdict(table))
         )
-        metrics = {"score": score, "step": step}
         try:
-            self._manager.save(step, args=items, metrics=metrics)
+            self._manager.save(step, args=items)
         except (OSError, ValueError) as error:
             raise OSError(
                 f"checkpoint of step {step} could not be written to {self.folder}: {_reason(error)}"
             ) from error
+
+    def _note_later(self, step: int, notes: Notes, best_step: int | None) -> None:
+        """The evaluation that was broken off was made after all."""
+        if is_first():
+            table: Any = notes
+            # orbax has no way to change an item; its JSON items are one file.
+            replace_text(self.folder / str(step) / "notes" / "metadata", json.dumps(dataclasses.asdict(table)))
+        for other in self.steps():
+            if other not in (step, best_step):
+                self._manager.delete(other)
 
     def restore(self, like: TrainState) -> tuple[TrainState, Notes]:
         """The newest checkpoint, as arrays placed like those of `like`.
@@ -142,9 +146,14 @@ class Checkpoints(Generic[Notes]):
         self._manager.close()
 
 
-def _rank(metrics: Any) -> Any:
-    """A sort key: of equal scores the first step wins, as in the loop; no score is the least. (A pair sorts too.)"""
-    return (-math.inf if metrics["score"] is None else metrics["score"]), -metrics["step"]
+@dataclasses.dataclass
+class _BestStep(checkpoint_managers.PreservationPolicy):
+    """Keeps the checkpoint of one step."""
+
+    step: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        return [checkpoint.step == self.step for checkpoint in checkpoints]
 
 
 def _named(state: TrainState) -> dict[str, Any]:

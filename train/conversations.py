@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from train.shares import ALONE, Share
+
 Role = Literal["system", "user", "assistant"]
 Record = Mapping[str, Any]
 
@@ -69,22 +71,31 @@ def find_format(columns: Sequence[str], source: str) -> str:
     raise ValueError(f"{there}, which fit no format of instruction data ({layouts}); rename the columns")
 
 
-def read_conversations(rows: Iterable[tuple[str, Record]], name: str) -> tuple[list[Conversation], list[str]]:
+def read_conversations(
+    rows: Iterable[tuple[str, Record]], name: str, share: Share = ALONE
+) -> tuple[list[Conversation], list[str]]:
     """The conversation of each row, all rows checked.
 
     A last turn without an answer is left out, and what the format does not know is not read; notes say so.
 
     Args:
-      rows: (place, record) of each row.
+      rows: (place, record) of each row that this process holds.
       name: of the format, a key of `FORMATS`.
+      share: what exchanges errors and counts with the other processes.
 
     Returns:
-      The conversations, and notes that the user should see.
+      The conversations, and notes, on the rows of all processes, that the user should see.
 
     Raises:
       ValueError: rows that can't be used. The message names the first one's place and says how many more there are.
     """
-    form = FORMATS[name]
+    conversations, own = share.together(lambda: _read(rows, FORMATS[name]))
+    counts = sum(map(Counter, share.gather(lambda: own)), Counter())
+    return conversations, [f"{count:,} {what}" for what, count in sorted(counts.items())]
+
+
+def _read(rows: Iterable[tuple[str, Record]], form: Format) -> tuple[list[Conversation], Counter[str]]:
+    """The conversations, and how many rows there are of which there is something to say."""
     conversations: list[Conversation] = []
     problems: list[str] = []
     counts: Counter[str] = Counter()
@@ -102,7 +113,7 @@ def read_conversations(rows: Iterable[tuple[str, Record]], name: str) -> tuple[l
     if problems:
         more = f" ({len(problems) - 1:,} more rows can't be used)" if len(problems) > 1 else ""
         raise ValueError(problems[0] + more)
-    return conversations, [f"{count:,} {what}" for what, count in sorted(counts.items())]
+    return conversations, counts
 
 
 def _unread(record: Record, form: Format) -> set[str]:

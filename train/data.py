@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,9 @@ import numpy as np
 
 from train.files import Table, missing_column, read_table
 from train.glue import HUB_NAME, PREFIX, glue_task
-from train.labels import class_numbers, find_classes, regression_values
+from train.labels import class_numbers, find_classes, label_words, regression_values
 from train.sections import DataConfig
+from train.shares import ALONE, Share
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -19,9 +21,12 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Rows: one or two text columns of equal length, and labels int32 (class) or float32 (value) [rows]."""
+    """Rows: one or two text columns of equal length, and labels int32 (class) or float32 (value) [rows].
 
-    texts: tuple[list[str], ...]
+    A text that another process holds is None here; labels are known to all.
+    """
+
+    texts: tuple[list[str | None], ...]
     labels: np.ndarray
 
     def __len__(self) -> int:
@@ -48,12 +53,13 @@ class Dataset:
         return len(self.label_names) or 1
 
 
-def load_examples(config: DataConfig, task: str) -> Dataset:
+def load_examples(config: DataConfig, task: str, share: Share = ALONE) -> Dataset:
     """The data set of a run, every row checked before any is used.
 
     Args:
       config: where the rows are, and which columns.
       task: "classification" or "regression".
+      share: the part of the rows that this process reads.
 
     Raises:
       ValueError: hub not in reach, no such data set, split, file or column, no rows, text or labels that can't be used;
@@ -61,17 +67,20 @@ def load_examples(config: DataConfig, task: str) -> Dataset:
     """
     glue = glue_task(config.name)
     texts = config.text or (glue.text if glue else ("text",))
-    train, validation, names = (_load_files if config.train else _load_hub)(config, (*texts, config.label))
-    notes = [_check_texts(train, texts), _check_texts(validation, texts)]
+    loaded = (_load_files if config.train else _load_hub)(config, (*texts, config.label), share)
+    train, validation, names = loaded
+    tables = (train, validation)
+    notes = [_check_texts(table, texts, share) for table in tables]
     if task == "regression":
         label_names = ()
-        labels = [regression_values(table, config.label) for table in (train, validation)]
+        labels = [_values_of_all(table, config.label, share) for table in tables]
     else:
-        classes = find_classes(train, config.label, config.label_names or names)
+        words = [_words_of_all(table, config.label, share) for table in tables]
+        classes = find_classes(words[0], config.label, config.label_names or names)
         label_names = classes.names
-        labels = [class_numbers(table, config.label, classes) for table in (train, validation)]
+        labels = [class_numbers(table, config.label, classes) for table in words]
         notes.append(classes.note)
-    splits = [_split(table, texts, numbers) for table, numbers in zip((train, validation), labels, strict=True)]
+    splits = [_split(table, texts, rows, share) for table, rows in zip(tables, labels, strict=True)]
     if config.held_back is not None:
         splits = _held_back(splits[0], config.held_back, train.source)
         notes.append(f"{train.source}: {config.held_back:,} rows held back and evaluated on (data.held_back)")
@@ -85,8 +94,8 @@ def load_examples(config: DataConfig, task: str) -> Dataset:
     )
 
 
-def _split(table: Table, texts: Sequence[str], labels: np.ndarray) -> Split:
-    return Split(tuple(table.columns[column] for column in texts), labels)
+def _split(table: Table, texts: Sequence[str], labels: np.ndarray, share: Share) -> Split:
+    return Split(tuple(share.spread(table.columns[column]) for column in texts), labels)
 
 
 def _held_back(train: Split, count: int, source: str) -> list[Split]:
@@ -103,35 +112,52 @@ def _limit_note(source: str, split: Split, name: str, limit: int | None) -> str 
     return f"{source}: first {limit:,} of {len(split):,} rows taken (data.{name})"
 
 
-def _check_texts(table: Table, columns: Sequence[str]) -> str | None:
+def _values_of_all(table: Table, column: str, share: Share) -> np.ndarray:
+    values = share.gather(lambda: regression_values(table, column).tolist())
+    return np.array([value for part in values for value in part], np.float32)
+
+
+def _words_of_all(table: Table, column: str, share: Share) -> Table:
+    """The labels of every process's rows as words, and where these rows stand."""
+    parts: Any = share.gather(lambda: [label_words(table, column), [*table.numbers]])
+    words, numbers = (list(itertools.chain.from_iterable(part)) for part in zip(*parts, strict=True))
+    return Table(table.source, {column: words}, table.unit, numbers)
+
+
+def _check_texts(table: Table, columns: Sequence[str], share: Share) -> str | None:
     """Raises where a text is no string; returns a note where some are empty."""
+    empty = sum(share.gather(lambda: _count_empty(table, columns)))
+    return f"{table.source}: {empty:,} empty texts in {', '.join(columns)}" if empty else None
+
+
+def _count_empty(table: Table, columns: Sequence[str]) -> int:
     empty = 0
     for column in columns:
         for row, value in enumerate(table.columns[column]):
             if not isinstance(value, str):
                 raise ValueError(f"{table.where(row)}: {column}={value!r} is no text; give every row a string")
             empty += not value.strip()
-    return f"{table.source}: {empty:,} empty texts in {', '.join(columns)}" if empty else None
+    return empty
 
 
-def _load_files(config: DataConfig, columns: Sequence[str]) -> tuple[Table, Table, tuple[str, ...]]:
-    return read_table(str(config.train), columns), read_table(str(config.validation), columns), ()
+def _load_files(config: DataConfig, columns: Sequence[str], share: Share) -> tuple[Table, Table, tuple[str, ...]]:
+    return read_table(str(config.train), columns, share), read_table(str(config.validation), columns, share), ()
 
 
-def _load_hub(config: DataConfig, columns: Sequence[str]) -> tuple[Table, Table, tuple[str, ...]]:
+def _load_hub(config: DataConfig, columns: Sequence[str], share: Share) -> tuple[Table, Table, tuple[str, ...]]:
     """The two splits of a hub data set, and its class names if it declares any."""
     glue = glue_task(config.name)
     name, subset = str(config.name), config.subset
     if glue:
         name, subset = HUB_NAME, name.removeprefix(PREFIX)
     held_out = config.validation_split or (glue.validation_split if glue else "validation")
-    splits = download_splits(name, subset)
+    splits = share.together(lambda: download_splits(name, subset))
     tables = []
     for split in ("train", held_out):
         if split not in splits:
             there = ", ".join(map(str, splits))
             raise ValueError(f"{config.name} has no split {split!r}; splits there: {there}; set data.validation_split")
-        tables.append(_hub_table(f"{config.name} {split}", splits[split], columns))
+        tables.append(_hub_table(f"{config.name} {split}", splits[split], columns, share))
     feature = splits["train"].features[config.label]
     return tables[0], tables[1], tuple(getattr(feature, "names", None) or ())
 
@@ -155,10 +181,21 @@ def download_splits(name: str, subset: str | None) -> DatasetDict:
         raise ValueError(f"data set {name!r} can't be loaded; check data.name and data.subset: {reason}") from error
 
 
-def _hub_table(source: str, split: Any, columns: Sequence[str]) -> Table:
+def _hub_table(source: str, split: Any, columns: Sequence[str], share: Share) -> Table:
     for column in columns:
         if column not in split.column_names:
             raise missing_column(source, column, split.column_names)
+    rows = rows_of_split(source, split, share)
+    return Table(source, split.select_columns(list(columns)).select(rows)[:], "row", [row + 1 for row in rows])
+
+
+def rows_of_split(source: str, split: Any, share: Share) -> range:
+    """This process's rows of a hub data set's split, of which no others are read.
+
+    Raises:
+      ValueError: there are none, or other processes have another split.
+    """
     if not len(split):
         raise ValueError(f"{source} holds no rows; choose another split")
-    return Table(source, split.select_columns(list(columns))[:], "row", range(1, len(split) + 1))
+    share.agree(source, lambda: [len(split), repr(split[0]), repr(split[-1])])
+    return share.cut(len(split))

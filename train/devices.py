@@ -1,4 +1,4 @@
-"""The accelerators that a run can be planned for, and how what it holds is divided over a mesh of them."""
+"""The accelerators that a run can be planned for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import dataclasses
 import math
 import os
 import re
-from typing import Any
+
+from jax.sharding import AbstractMesh
 
 GIB = 2**30
 # Memory of one device in GiB, as the makers and cloud providers state it.
@@ -46,55 +47,18 @@ def devices_from_name(name: str) -> Devices:
     return Devices(found[1], int(found[2] or 1), _MEMORY[found[1]] * GIB)
 
 
-@dataclasses.dataclass(frozen=True)
-class Shares:
-    """A mesh, and the rules by which it divides arrays.
-
-    Rows of a batch are divided over data and fsdp. Kernels and embeddings are divided over fsdp and tensor; vectors are
-    on every device; an adapter's factors are divided over tensor where it divides n. The width of a feed-forward half,
-    the heads and the vocabulary are divided over tensor where it divides them, the residual stream is not.
-    """
-
-    data: int = 1
-    fsdp: int = 1
-    tensor: int = 1
-
-    @property
-    def devices(self) -> int:
-        """How many devices the mesh has."""
-        return self.data * self.fsdp * self.tensor
-
-    def of_base(self, shape: tuple[int, ...]) -> int:
-        """Into how many parts a base parameter is cut."""
-        return self.fsdp * self.tensor if len(shape) > 1 else 1
-
-    def of_factor(self, shape: tuple[int, ...]) -> int:
-        """Into how many parts a factor [n i r] or [n r o] is cut."""
-        return self.tensor if shape[0] % self.tensor == 0 else 1
-
-    def of_activation(self, shape: tuple[int, ...], widths: frozenset[int]) -> int:
-        """Into how many parts an array is cut one of whose axes, the first apart, may be among `widths`."""
-        cut = any(size in widths and size % self.tensor == 0 for size in shape[1:])
-        return self.tensor if cut else 1
-
-
-def wide_axes(config: Any) -> frozenset[int]:
-    """The sizes in a model's config.json whose axes the tensor axis divides."""
-    keys = ("intermediate_size", "hidden_dim", "vocab_size", "num_attention_heads", "num_key_value_heads", "n_heads")
-    return frozenset(config[key] for key in keys if isinstance(config.get(key), int))
-
-
-def rows_a_device(batch_size: int, accumulate: int, shares: Shares) -> int:
+def rows_a_device(batch_size: int, accumulate: int, mesh: AbstractMesh) -> int:
     """Rows that one device holds at once.
 
     Raises:
       ValueError: they do not come out even.
     """
-    parts = accumulate * shares.data * shares.fsdp
+    data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
+    parts = accumulate * data * fsdp
     if batch_size % parts:
         fits = math.ceil(batch_size / parts) * parts
         raise ValueError(
-            f"train.batch_size={batch_size} does not divide into {accumulate} parts (train.accumulate) on "
-            f"{shares.data} x {shares.fsdp} devices (data x fsdp); take {fits}, or fewer devices on these axes"
+            f"train.batch_size={batch_size} does not divide into {accumulate} parts (train.accumulate) on {data} x "
+            f"{fsdp} devices (data x fsdp); take {fits}, or fewer devices on these axes"
         )
     return batch_size // parts

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 import melora_jax as mj
 from train.config import RunConfig
 from train.feed import Feed, make_feed
-from train.hosts import require_equal
+from train.hosts import own_share
 from train.material import Material, read_material
 from train.methods import rank_budget, with_method
 from train.sections import OptimConfig
@@ -84,8 +84,7 @@ def prepare(config: RunConfig, beside: Experiment | None = None) -> Experiment:
       ValueError, FileNotFoundError: whatever is wrong with the data, the checkpoint or the adapter's settings.
     """
     mesh = _mesh(config)
-    material = read_material(config) if beside is None else _reordered(beside.material, config)
-    require_equal({"the data": _digest(material)}, "give every host the same files")
+    material = read_material(config, own_share()) if beside is None else _reordered(beside.material, config)
     task = TASKS[config.model.task]
     if mesh is not None:
         mj.check_mesh(config.model.name, config.melora, mesh, task=task, num_labels=material.num_labels)
@@ -144,12 +143,6 @@ def _mesh(config: RunConfig) -> Mesh | None:
 def _reordered(material: Material, config: RunConfig) -> Material:
     """The same rows in the order of another run."""
     return dataclasses.replace(material, plan=material.plan.reseeded(config.data_seed))
-
-
-def _digest(material: Material) -> bytes:
-    """Bytes that tell whether two hosts read the same data."""
-    labels = b"" if material.labels is None else material.labels.tobytes()
-    return b"".join([material.train.lengths.tobytes(), material.validation.lengths.tobytes(), labels])
 
 
 def _check_fit(model: Any, config: RunConfig, material: Material) -> None:

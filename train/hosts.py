@@ -12,6 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from train.sections import DistributedConfig
+from train.shares import Share
 
 # A host that is silent for so long is taken for dead, and ends the others.
 _SILENCE_SECONDS = 25
@@ -69,6 +70,19 @@ def require_equal(parts: Mapping[str, str | bytes], remedy: str) -> None:
         differ = np.flatnonzero((everyone[:, place] != everyone[0, place]).any(axis=-1))
         if len(differ):
             raise ValueError(f"{name} of process {differ[0]} differs from that of process 0; {remedy}")
+
+
+def own_share() -> Share:
+    """The part of the data that this process reads."""
+    return Share(jax.process_index(), jax.process_count(), _exchange)
+
+
+def _exchange(text: str) -> list[str]:
+    own = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(len(own), np.int32)).reshape(-1)
+    everyone = multihost_utils.process_allgather(np.pad(own, (0, int(sizes.max()) - len(own))))
+    rows = np.reshape(everyone, (len(sizes), -1))
+    return [row[:size].tobytes().decode() for row, size in zip(rows, sizes, strict=True)]
 
 
 def whole_on_host(tree: Any) -> Any:

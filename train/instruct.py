@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from train.conversations import Conversation
+from train.shares import ALONE, Share, placed
 from train.templates import Rendered, Template
+from train.text import lengths_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,15 +22,19 @@ _CHUNK = 1000
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Token ids, int32 [tokens], and which of them count in the loss, bool [tokens], of each example."""
+    """Token ids, int32 [tokens], and which of them count in the loss, bool [tokens], of each example.
 
-    input_ids: list[np.ndarray]
-    counted: list[np.ndarray]
+    An example that another process holds is None; `sizes` are then the lengths of all examples.
+    """
 
-    @property
+    input_ids: Sequence[np.ndarray | None]
+    counted: Sequence[np.ndarray | None]
+    sizes: Sequence[int] | None = None
+
+    @functools.cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each example, int32 [examples]."""
-        return np.array([len(ids) for ids in self.input_ids], np.int32)
+        return np.array(lengths_of(self.input_ids) if self.sizes is None else self.sizes, np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +72,11 @@ class InstructionReport:
 def tokenize_conversations(
     tokenizer: PreTrainedTokenizerBase,
     template: Template,
-    conversations: Sequence[Conversation],
+    conversations: Sequence[Conversation | None],
     max_length: int,
     loss: Literal["responses", "all"] = "responses",
     lost: Literal["drop", "error"] = "drop",
+    share: Share = ALONE,
 ) -> tuple[Examples, InstructionReport]:
     """Token ids of each conversation by `template`, the end of text appended where the template closes no response.
 
@@ -77,33 +85,49 @@ def tokenize_conversations(
 
     Args:
       tokenizer: a fast one, with an end-of-text token where the template needs it.
-      conversations: at least one, checked by `read_conversations`.
+      conversations: at least one, checked by `read_conversations`; None where another process holds it.
       max_length: tokens a row.
       loss: which tokens count.
       lost: what happens to a row that keeps no token of a response when cut, where `loss` is "responses".
+      share: what exchanges lengths with the other processes.
 
     Raises:
       ValueError: `max_length` over what the tokenizer's model takes, a tokenizer that can't tell where tokens stand, a
         row that the template can't have, a row whose response is lost where that is an error, or no row left.
     """
     _check_tokenizer(tokenizer, max_length)
-    ids: list[np.ndarray] = []
-    responses: list[np.ndarray] = []
+    held = [row for row, conversation in enumerate(conversations) if conversation is not None]
+    own = [conversation for conversation in conversations if conversation is not None]
+    pairs = placed(share.together(lambda: _encode_all(tokenizer, template, own)), held, len(conversations))
+    lengths = np.array(share.merge([None if pair is None else len(pair[0]) for pair in pairs]))
+    answers = [None if pair is None else bool(pair[1][:max_length].any()) for pair in pairs]
+    has_response, drop = np.array(share.merge(answers), bool), loss == "responses"
+    if drop and not has_response.all():
+        places = [None if conversation is None else conversation.place for conversation in conversations]
+        first = share.merge([None if has_response[row] else place for row, place in enumerate(places)])
+        _check_lost(first, has_response, max_length, lost)
+    kept = np.flatnonzero(has_response) if drop else np.arange(len(pairs))
+    cut = [None if (pair := pairs[row]) is None else _cut(*pair, max_length, drop) for row in kept]
+    sizes = np.minimum(lengths[kept], max_length).tolist()
+    examples = Examples([pair and pair[0] for pair in cut], [pair and pair[1] for pair in cut], sizes)
+    counted = sum(share.gather(lambda: sum(int(mask.sum()) for mask in examples.counted if mask is not None)))
+    return examples, _report(examples, lengths, counted, has_response, drop, max_length)
+
+
+def _cut(ids: np.ndarray, responses: np.ndarray, max_length: int, drop: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens that are kept, and which of them count: those of responses, or all."""
+    ids, responses = ids[:max_length], responses[:max_length]
+    return ids, responses if drop else np.ones(len(ids), bool)
+
+
+def _encode_all(
+    tokenizer: PreTrainedTokenizerBase, template: Template, conversations: Sequence[Conversation]
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    pairs: list[tuple[np.ndarray, np.ndarray]] = []
     for start in range(0, len(conversations), _CHUNK):
         rendered = [template.render(conversation) for conversation in conversations[start : start + _CHUNK]]
-        for row_ids, row_responses in _encode(tokenizer, rendered, template.adds_special):
-            ids.append(row_ids)
-            responses.append(row_responses)
-    has_response = np.array([row[:max_length].any() for row in responses])
-    drop = loss == "responses"
-    if drop and not has_response.all():
-        _check_lost(conversations, has_response, max_length, lost)
-    kept = np.flatnonzero(has_response) if drop else np.arange(len(ids))
-    examples = Examples(
-        [ids[row][:max_length] for row in kept],
-        [responses[row][:max_length] if drop else np.ones(min(len(ids[row]), max_length), bool) for row in kept],
-    )
-    return examples, _report(examples, ids, has_response, drop, max_length)
+        pairs += _encode(tokenizer, rendered, template.adds_special)
+    return pairs
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, template: Template, conversation: Conversation) -> np.ndarray:
@@ -128,8 +152,8 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Non
         )
 
 
-def _check_lost(conversations: Sequence[Conversation], has_response: np.ndarray, max_length: int, lost: str) -> None:
-    first, count = conversations[int(np.argmin(has_response))].place, int((~has_response).sum())
+def _check_lost(places: Sequence[str], has_response: np.ndarray, max_length: int, lost: str) -> None:
+    first, count = places[int(np.argmin(has_response))], int((~has_response).sum())
     if lost == "error":
         others = f" ({count - 1:,} more rows too)" if count > 1 else ""
         raise ValueError(f"{first} keeps no token of its response at data.max_length={max_length}{others}; raise it")
@@ -138,17 +162,16 @@ def _check_lost(conversations: Sequence[Conversation], has_response: np.ndarray,
 
 
 def _report(
-    examples: Examples, ids: Sequence[np.ndarray], has_response: np.ndarray, drop: bool, max_length: int
+    examples: Examples, lengths: np.ndarray, counted: int, has_response: np.ndarray, drop: bool, max_length: int
 ) -> InstructionReport:
-    lengths = np.array([len(row) for row in ids])
     median, p95 = np.percentile(lengths, [50, 95])
     return InstructionReport(
-        rows=len(ids),
+        rows=len(lengths),
         truncated=int((lengths > max_length).sum()),
         tokens_lost=int(np.maximum(lengths - max_length, 0).sum()),
         without_response=int((~has_response).sum()),
         dropped=drop,
-        counted=sum(int(row.sum()) for row in examples.counted),
+        counted=counted,
         tokens=int(examples.lengths.sum()),
         median=float(median),
         p95=float(p95),

@@ -131,7 +131,7 @@ class _Session:
             if due:
                 stop = None if self._evaluate(done, state, frozen, interrupt) else interrupt.signal
             elif stop:
-                self._save(state, None)
+                self._save(state)
             if stop:
                 return Outcome(self.notes.best, done, stop)
         return Outcome(self.notes.best, total)
@@ -208,7 +208,7 @@ class _Session:
             raise self._diverged(done, f"output ({error})") from None
         if metrics is None:
             self.notes = dataclasses.replace(self.notes, unevaluated=True)
-            self._save(state, None)
+            self._save(state)
             return False
         best = self._take_note(done, metrics)
         seconds, epoch = time.monotonic() - began, done / self.experiment.material.plan.steps_per_epoch
@@ -216,8 +216,7 @@ class _Session:
         if best:
             self._keep_best(state, metrics)
         self.log.write({"kind": "eval", "step": done, "epoch": epoch, **metrics, "seconds": seconds, "best": best})
-        name = self.experiment.config.metric
-        self._save(state, metrics[name] if is_better(name, 1.0, 0.0) else -metrics[name])
+        self._save(state)
         self.progress.evaluation(done, epoch, metrics, best)
         self.window_start = time.monotonic()
         return True
@@ -230,9 +229,9 @@ class _Session:
         self.notes = dataclasses.replace(self.notes, unevaluated=False, **found)
         return best
 
-    def _save(self, state: mj.TrainState, score: float | None) -> None:
+    def _save(self, state: mj.TrainState) -> None:
         self.notes = dataclasses.replace(self.notes, seconds=time.monotonic() - self.began)
-        self.checkpoints.save(state, self.notes, score)
+        self.checkpoints.save(state, self.notes, self.notes.best_step)
 
     def _keep_best(self, state: mj.TrainState, scores: dict[str, float]) -> None:
         # The next step donates the state's arrays, so the model gets copies.

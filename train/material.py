@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from train.data import Split, load_examples
 from train.instruct import Examples, tokenize_conversations
 from train.instruction_data import load_instructions
 from train.packing import PackedRows, PackPlan, make_token_batch, packed_eval_batches
+from train.shares import ALONE, Share
 from train.step import Batch
 from train.templates import make_template
 from train.text import Tokens, load_tokenizer, tokenize
@@ -22,6 +24,7 @@ from train.text import Tokens, load_tokenizer, tokenize
 # What only rows that hold several examples need: else the model sees to order and positions by itself, and padding
 # comes last, where no token looks.
 _OF_PACKED_ROWS = ("segment_ids", "position_ids")
+_TOKENIZER = "the tokenizer"
 
 
 class Rows(Protocol):
@@ -32,8 +35,8 @@ class Rows(Protocol):
         """Tokens of each example, int32 [examples]."""
         ...
 
-    def batch(self, rows: Any, part: slice = slice(None)) -> Batch:
-        """The arrays of a batch, or of some of its places."""
+    def batch(self, rows: Any) -> Batch:
+        """The arrays of a batch, as far as this process holds its rows."""
         ...
 
     def examples(self, rows: Any) -> np.ndarray:
@@ -88,8 +91,8 @@ class LabelledRows:
     def lengths(self) -> np.ndarray:
         return self.tokens.lengths
 
-    def batch(self, rows: BatchRows, part: slice = slice(None)) -> Batch:
-        return make_batch(self.tokens, self.labels, rows.indices, rows.width, self.pad_id, part)
+    def batch(self, rows: BatchRows) -> Batch:
+        return make_batch(self.tokens, self.labels, rows.indices, rows.width, self.pad_id)
 
     def examples(self, rows: BatchRows) -> np.ndarray:
         return rows.indices[rows.indices >= 0]
@@ -107,8 +110,8 @@ class TokenRows:
     def lengths(self) -> np.ndarray:
         return self.tokens.lengths
 
-    def batch(self, rows: PackedRows | BatchRows, part: slice = slice(None)) -> Batch:
-        arrays = make_token_batch(self.tokens, rows, self.pad_id, part)
+    def batch(self, rows: PackedRows | BatchRows) -> Batch:
+        arrays = make_token_batch(self.tokens, rows, self.pad_id)
         unused = ("attention_mask", *(() if self.packed else _OF_PACKED_ROWS))
         return {name: array for name, array in arrays.items() if name not in unused}
 
@@ -118,23 +121,24 @@ class TokenRows:
         return rows.indices[rows.indices >= 0]
 
 
-def read_material(config: RunConfig) -> Material:
-    """Reads and tokenises the data of a run, and plans its batches.
+def read_material(config: RunConfig, share: Share = ALONE) -> Material:
+    """Reads and tokenises the data of a run, or this process's share, and plans its batches.
 
     Raises:
-      ValueError: whatever is wrong with the data or the tokenizer.
+      ValueError: whatever is wrong with the data or the tokenizer; or several processes have different ones.
     """
-    return _instructions(config) if config.model.task == "causal-lm" else _labelled(config)
+    return (_instructions if config.model.task == "causal-lm" else _labelled)(config, share)
 
 
-def _labelled(config: RunConfig) -> Material:
-    dataset = load_examples(config.data, config.model.task)
-    tokenizer = load_tokenizer(config.model.name)
+def _labelled(config: RunConfig, share: Share) -> Material:
+    dataset = load_examples(config.data, config.model.task, share)
+    tokenizer = share.together(lambda: load_tokenizer(config.model.name))
+    share.agree(_TOKENIZER, lambda: _fingerprint(tokenizer))
     pad_id: Any = tokenizer.pad_token_id  # an int: `load_tokenizer` saw to it
     notes = [*dataset.notes]
 
     def rows(split: Split, name: str) -> LabelledRows:
-        tokens, report = tokenize(tokenizer, split.texts, config.data.max_length)
+        tokens, report = tokenize(tokenizer, split.texts, config.data.max_length, share)
         notes.append(f"{name}: {report}")
         return LabelledRows(tokens, split.labels, pad_id)
 
@@ -147,19 +151,20 @@ def _labelled(config: RunConfig) -> Material:
         eval_batches(validation.lengths, config.train.eval_batch_size, widths),
         validation.labels,
         dataset.num_labels,
-        _largest(train.tokens.input_ids, validation.tokens.input_ids),
+        _largest(share, train.tokens.input_ids, validation.tokens.input_ids),
         tuple(notes),
     )
 
 
-def _instructions(config: RunConfig) -> Material:
+def _instructions(config: RunConfig, share: Share) -> Material:
     how, limit, sizes = config.instruction, config.data.max_length, config.train
-    data = load_instructions(config.data, how.format, how.held_out)
-    tokenizer = read_tokenizer(config.model.name)
+    data = load_instructions(config.data, how.format, how.held_out, share=share)
+    tokenizer = share.together(lambda: read_tokenizer(config.model.name))
+    share.agree(_TOKENIZER, lambda: _fingerprint(tokenizer))
     template = make_template(tokenizer, how.template)
     notes, splits = [*data.notes], []
     for name, conversations in (("train", data.train), ("held out", data.validation)):
-        examples, report = tokenize_conversations(tokenizer, template, conversations, limit, how.loss, how.lost)
+        examples, report = tokenize_conversations(tokenizer, template, conversations, limit, how.loss, how.lost, share)
         notes.append(f"{name}: {report}")
         splits.append(TokenRows(examples, _padding_of(tokenizer), how.pack))
     train, validation = splits
@@ -171,7 +176,7 @@ def _instructions(config: RunConfig) -> Material:
         widths = bucket_widths(config.data.buckets, limit)
         plan = BatchPlan(train.lengths, sizes.batch_size, widths, config.data_seed)
         held_out = eval_batches(validation.lengths, sizes.eval_batch_size, widths)
-    most_id = _largest(train.tokens.input_ids, validation.tokens.input_ids)
+    most_id = _largest(share, train.tokens.input_ids, validation.tokens.input_ids)
     return Material(train, validation, plan, held_out, None, None, most_id, tuple(notes))
 
 
@@ -180,5 +185,13 @@ def _padding_of(tokenizer: Any) -> int:
     return 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
 
 
-def _largest(*splits: Sequence[np.ndarray]) -> int:
-    return max(int(ids.max()) for split in splits for ids in split if len(ids))
+def _largest(share: Share, *splits: Sequence[np.ndarray | None]) -> int:
+    held = [ids for split in splits for ids in split if ids is not None and len(ids)]
+    return max(share.gather(lambda: max((int(ids.max()) for ids in held), default=0)))
+
+
+def _fingerprint(tokenizer: Any) -> str:
+    """What tells tokenizers apart."""
+    parts = sorted(tokenizer.get_vocab().items()), tokenizer.chat_template, tokenizer.pad_token_id
+    backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else ""
+    return hashlib.sha256(f"{parts}{backend}".encode()).hexdigest()

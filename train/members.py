@@ -71,4 +71,6 @@ def _fixed(config: RunConfig) -> dict[str, Any]:
     varying = set(VARYING)
     if config.adapter.alpha_pattern or isinstance(config.melora.alpha, tuple):
         varying.remove("adapter.alpha")  # one factor on all of a member's adapters would not do
+    elif config.melora.init == "pissa" or config.melora.variant == "adalora":
+        varying.remove("adapter.alpha")  # nor on B alone: PiSSA's start and AdaLoRA's penalty have their own
     return {key: value for key, value in settings.items() if key not in varying}

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from train.batching import BatchRows
+from train.batching import ABSENT, BatchRows
 from train.instruct import Examples
 
 
@@ -97,24 +97,21 @@ def packed_eval_batches(lengths: np.ndarray, batch_size: int, width: int) -> lis
     return [_batch(rows[first : first + batch_size], batch_size, width) for first in range(0, len(rows), batch_size)]
 
 
-def make_token_batch(
-    examples: Examples, rows: PackedRows | BatchRows, pad_id: int, part: slice = slice(None)
-) -> dict[str, np.ndarray]:
+def make_token_batch(examples: Examples, rows: PackedRows | BatchRows, pad_id: int) -> dict[str, np.ndarray]:
     """The arrays of one batch: of packed rows, or of one example a row.
 
     Args:
       examples: token ids of all examples, and which of them count in the loss.
       rows: from a `PackPlan` or a `BatchPlan`; a place without a row gives one of padding alone.
       pad_id: the id that padding has.
-      part: the places to make, of those in `rows`.
 
     Returns:
       int32 [b, t]: input_ids; attention_mask, 0 at padding; segment_ids, 1, 2 … within a row and 0 at padding;
       position_ids, from 0 in each segment; labels, the next token of the same segment. float32 [b, t]: weights, 1 where
-      that next token counts in the loss, and so 0 at a segment's end and at padding.
+      that next token counts in the loss, and so 0 at a segment's end and at padding. Of an example that another process
+      holds, ids and labels are `train.batching.ABSENT` and weights 0.
     """
     groups = rows.rows if isinstance(rows, PackedRows) else [(row,) if row >= 0 else () for row in rows.indices]
-    groups = groups[part]
     shape = (len(groups), rows.width)
     batch: dict[str, np.ndarray] = {"weights": np.zeros(shape, np.float32)}
     batch |= {name: np.zeros(shape, np.int32) for name in ("segment_ids", "position_ids")}
@@ -123,12 +120,13 @@ def make_token_batch(
         start = 0
         for segment, example in enumerate(group, start=1):
             ids, counted = examples.input_ids[example], examples.counted[example]
-            end = start + len(ids)
-            batch["input_ids"][row, start:end] = ids
+            length = int(examples.lengths[example])
+            end = start + length
+            batch["input_ids"][row, start:end] = ABSENT if ids is None else ids
             batch["segment_ids"][row, start:end] = segment
-            batch["position_ids"][row, start:end] = np.arange(len(ids))
-            batch["labels"][row, start : end - 1] = ids[1:]
-            batch["weights"][row, start : end - 1] = counted[1:]
+            batch["position_ids"][row, start:end] = np.arange(length)
+            batch["labels"][row, start : end - 1] = ABSENT if ids is None else ids[1:]
+            batch["weights"][row, start : end - 1] = 0 if counted is None else counted[1:]
             start = end
     return batch | {"attention_mask": (batch["segment_ids"] > 0).astype(np.int32)}
 

@@ -16,7 +16,7 @@ import melora_jax as mj
 from train.compile import Steps, compile_widths
 from train.config import RunConfig
 from train.experiment import Experiment, dropout_key, make_tx, prepare
-from train.methods import with_method
+from train.methods import penalty, rank_budget, with_method
 from train.step import Batch, make_loss
 
 # On CPU more tokens at a time cost more in missed caches than they save. Eight MiniLM members' steps over one of theirs
@@ -55,7 +55,7 @@ class Population:
         step = mj.make_population_step(
             first.model,
             lambda rates: _tx(first, rates),
-            make_loss(first.measure),
+            make_loss(first.measure, penalty(first.config)),
             streams="own" if self.own_streams else "shared",
             accumulate=first.config.train.accumulate,
             at_once=self.at_once,
@@ -125,7 +125,8 @@ def _rate(config: RunConfig, name: str) -> float:
 
 
 def _tx(experiment: Experiment, rates: Any) -> Any:
-    return make_tx(experiment.model, dataclasses.replace(experiment.config.optim, **rates), experiment.total_steps)[1]
+    optim, total = dataclasses.replace(experiment.config.optim, **rates), experiment.total_steps
+    return make_tx(experiment.model, optim, total, rank_budget(experiment.config, total))[1]
 
 
 def _require_one_width(experiment: Experiment) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 import melora_jax as mj
+from train.best import save_best
 from train.checkpoint import Bookkeeping, Checkpoints
 from train.compile import Steps
 from train.evaluate import metrics_of, run_batches
@@ -94,7 +95,7 @@ class Session:
             if due:
                 stop = None if self._evaluate(done, state, interrupt) else interrupt.signal
             elif stop:
-                self._save(state, None)
+                self._save(state)
             if stop:
                 return self._outcomes(done, stop)
         return self._outcomes(total)
@@ -189,22 +190,20 @@ class Session:
         return True
 
     def _evaluate(self, done: int, state: mj.TrainState, interrupt: Interrupt) -> bool:
-        """Evaluates all members, keeps the adapters that are their best, and saves; False if a signal broke it off."""
+        """Evaluates all members, keeps what is their best, and saves; False if a signal broke it off."""
         began = time.monotonic()
         found = self._measured(done, state, interrupt)
         if found is None:
             self.notes = dataclasses.replace(self.notes, unevaluated=True)
-            self._save(state, None)
+            self._save(state)
             return False
         best = self._take_note(done, found)
         # All before the checkpoint: a run that is killed between these comes here again.
         for member, is_best in best.items():
             if is_best:
-                self._keep_adapter(member, state, found[member])
+                self._keep_best(member, state, found[member])
         self._log_evaluation(done, found, time.monotonic() - began, best)
-        name = self.first.config.metric
-        scores = [metrics[name] if is_better(name, 1.0, 0.0) else -metrics[name] for metrics in found.values()]
-        self._save(state, max(scores, default=None))
+        self._save(state)
         self.window_start = time.monotonic()
         return True
 
@@ -233,11 +232,19 @@ class Session:
             shown.append(f"{self._name(member)} {metrics[name]:.4f}{'*' if is_best else ''}")
         self.progress.note(f"eval  step {done}  epoch {epoch:.2f}  {name}: {'  '.join(shown)}")
 
-    def _save(self, state: mj.TrainState, score: float | None) -> None:
+    def _save(self, state: mj.TrainState) -> None:
         self.notes = dataclasses.replace(self.notes, seconds=time.monotonic() - self.began)
-        self.checkpoints.save(state, self.notes, score)
+        self.checkpoints.save(state, self.notes, self._best_step())
 
-    def _keep_adapter(self, member: int, state: mj.TrainState, scores: dict[str, float]) -> None:
+    def _keep_best(self, member: int, state: mj.TrainState, scores: dict[str, float]) -> None:
         one = self.experiments[member]
         nnx.update(one.model, mj.member_state(state, member).trainable)
-        mj.save_adapter(one.model, one.folder / "adapter", scores=scores, data=one.data_name)
+        save_best(one, scores)
+
+    def _best_step(self) -> int | None:
+        """The step at which any member scored best."""
+        best: Bookkeeping | None = None
+        for book in self.notes.members:
+            if book.best is not None and is_better(self.first.config.metric, book.best, best and best.best):
+                best = book
+        return best and best.best_step

@@ -20,7 +20,7 @@ from train.grid import Point, parse_grid, points_of
 from train.loop import Outcome, exit_code
 from train.members import group, require_population
 from train.metrics import is_better
-from train.plan import adapted_shapes
+from train.planning import adapted_shapes
 from train.population import run_population
 from train.record import replace_text
 from train.run_folder import read_run

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from train.shares import ALONE, Share, placed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -16,15 +19,19 @@ _CHUNK = 1000
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """Token ids of each row, int32 of its own length; `token_type_ids` likewise where the model knows them."""
+    """Token ids of each row, int32 of its own length; `token_type_ids` likewise where the model knows them.
 
-    input_ids: list[np.ndarray]
-    token_type_ids: list[np.ndarray] | None
+    A row that another process holds is None; `sizes` are then the lengths of all rows.
+    """
 
-    @property
+    input_ids: Sequence[np.ndarray | None]
+    token_type_ids: Sequence[np.ndarray | None] | None
+    sizes: Sequence[int] | None = None
+
+    @functools.cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each row, int32 [rows]."""
-        return np.array([len(ids) for ids in self.input_ids], np.int32)
+        return np.array(lengths_of(self.input_ids) if self.sizes is None else self.sizes, np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +48,11 @@ class TokenReport:
     def __str__(self) -> str:
         lengths = f"{self.rows:,} rows, tokens median {self.median:.0f}, p95 {self.p95:.0f}, longest {self.longest:,}"
         return f"{lengths}; {self.truncated:,} cut to {self.max_length}"
+
+
+def lengths_of(rows: Sequence[np.ndarray | None]) -> list[int | None]:
+    """How many tokens each row has that this process holds."""
+    return [None if row is None else len(row) for row in rows]
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -64,14 +76,18 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def tokenize(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[list[str]], max_length: int
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[Sequence[str | None]],
+    max_length: int,
+    share: Share = ALONE,
 ) -> tuple[Tokens, TokenReport]:
     """Token ids of one or two text columns; rows over `max_length` lose tokens of the longer text first.
 
     Args:
       tokenizer: from `load_tokenizer`.
-      texts: one or two columns of equal length, at least one row.
+      texts: one or two columns of equal length, at least one row; None where another process holds the row.
       max_length: tokens a row, special tokens counted.
+      share: what exchanges lengths with the other processes.
 
     Raises:
       ValueError: `max_length` over what the tokenizer's model takes.
@@ -80,22 +96,36 @@ def tokenize(
         raise ValueError(
             f"data.max_length={max_length} is over the {tokenizer.model_max_length} tokens the model takes; lower it"
         )
+    held = [row for row, text in enumerate(texts[0]) if text is not None]
+    own: Any = [[column[row] for row in held] for column in texts]
+    found, uncut = share.together(lambda: _encode_all(tokenizer, own, max_length))
+    columns = {key: placed(ids, held, len(texts[0])) for key, ids in found.items()}
+    full = np.array(share.merge(placed(uncut, held, len(texts[0]))))
+    median, p95 = np.percentile(full, [50, 95])
+    truncated = int((full > max_length).sum())
+    report = TokenReport(len(full), truncated, float(median), float(p95), int(full.max()), max_length)
+    sizes = share.merge(lengths_of(columns["input_ids"]))
+    return Tokens(columns["input_ids"], columns.get("token_type_ids"), sizes), report
+
+
+def _encode_all(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[list[str]], max_length: int
+) -> tuple[dict[str, list[np.ndarray]], list[int]]:
+    """The ids by key, and each row's length before it was cut."""
     keys = [key for key in ("input_ids", "token_type_ids") if key in tokenizer.model_input_names]
     columns: dict[str, list[np.ndarray]] = {key: [] for key in keys}
     for start in range(0, len(texts[0]), _CHUNK):
         chunk = _encode(tokenizer, [column[start : start + _CHUNK] for column in texts], keys)
         for key in keys:
             columns[key] += chunk[key]
-    full = np.array([len(ids) for ids in columns["input_ids"]])
-    long = np.flatnonzero(full > max_length)
-    if len(long):
+    full = [len(ids) for ids in columns["input_ids"]]
+    long = [row for row, length in enumerate(full) if length > max_length]
+    if long:
         cut = _encode(tokenizer, [[column[row] for row in long] for column in texts], keys, max_length)
         for key in keys:
             for row, ids in zip(long, cut[key], strict=True):
                 columns[key][row] = ids
-    median, p95 = np.percentile(full, [50, 95])
-    report = TokenReport(len(full), len(long), float(median), float(p95), int(full.max()), max_length)
-    return Tokens(columns["input_ids"], columns.get("token_type_ids")), report
+    return columns, full
 
 
 def _encode(
