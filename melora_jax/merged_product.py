@@ -130,7 +130,8 @@ def why_unmergeable(base: Any) -> str | None:
 
 def merged_output(base: Any, x: Array, a: Array, b: Array, spec: AdapterSpec) -> Array:
     """The output of a dense layer with its adapter: x·(W + ΔW) + bias."""
-    bias = None if base.bias is None else base.bias[...]
+    bias: Any = None if base.bias is None else base.bias[...]
+    y: Any
     if isinstance(base, nnx.Linear):
         x, kernel, bias = base.promote_dtype((x, base.kernel[...], bias), dtype=base.dtype)
         y = merged_product(x, kernel, a, b, spec, base.precision)

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import tyro
@@ -114,12 +114,13 @@ def _finish(run: Run, options: Options, console: Console) -> int:
 @contextlib.contextmanager
 def _nothing_cached() -> Iterator[None]:
     """Compilations are timed, so none comes out of a cache."""
-    before = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
+    settings: Any = jax.config
+    before = settings.jax_enable_compilation_cache
+    settings.update("jax_enable_compilation_cache", False)
     try:
         yield
     finally:
-        jax.config.update("jax_enable_compilation_cache", before)
+        settings.update("jax_enable_compilation_cache", before)
 
 
 def _sweep(word: str) -> tuple[str, tuple[int, ...]]:

@@ -113,7 +113,8 @@ def variants(bench: Bench, minis: Iterable[tuple[int, int]], detail: bool = True
 
     def ours(**settings: Any) -> Callable[[], Step]:
         whole = bench.targets == ("all-linear",)
-        where = {"targets": "all-linear", "exclude": ("classifier",)} if whole else {"targets": bench.targets}
+        all_linear: dict[str, Any] = {"targets": "all-linear", "exclude": ("classifier",)}
+        where: dict[str, Any] = all_linear if whole else {"targets": bench.targets}
         return lambda: _jax_step(bench, parts, mj.MELoRAConfig(**(where | settings)))
 
     steps = {LIMIT: ours(targets=(), exclude=(), modules_to_save=(_LOWEST[bench.task],))}

@@ -45,8 +45,9 @@ def _flops(jaxpr: Jaxpr) -> int:
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
-            inner = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-            total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
+            left: Any = equation.invars[0].aval
+            made: Any = equation.outvars[0].aval
+            total += 2 * math.prod(left.shape[axis] for axis in contracted) * math.prod(made.shape)
         times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
         total += times * sum(_flops(inner) for inner in _inner(equation.params))
     return total
