@@ -94,7 +94,7 @@ def _value(word: str, dotted: str, text: str, hints: Mapping[str, Any]) -> Any:
     section, _, key = dotted.partition(".")
     known = typing.get_type_hints(hints[section]) if section in hints else {}
     if key not in known:
-        raise ValueError(f"{word}: unknown key {dotted}{perhaps(dotted, hints)}")
+        raise ValueError(f"{word}: unknown key {dotted}{perhaps(dotted, dict(hints))}")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

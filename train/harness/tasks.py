@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from lm_eval.tasks import TaskManager
 
-from train.files import READERS, read_table
+from train.files import find_rows, read_table
+from train.readers import READERS
 
 TASKS = Path(__file__).resolve().parents[1] / "tasks"
 
@@ -150,7 +151,7 @@ def _rows_of(folder: Path) -> Any:
     splits = {}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in READERS:
-            columns = list(next(iter(READERS[path.suffix.lower()][1](path)), (0, {}))[1])
+            columns = list(next(find_rows(path).rows(), (0, {}))[1])
             splits[path.stem] = Dataset.from_dict(read_table(path, columns).columns)
     if not splits:
         raise ValueError(f"{folder} holds no data; give a folder with a file for each split, such as test.jsonl")
