@@ -140,6 +140,10 @@ def test_commands_do_what_they_say(minilm_folder):
                 case [_, "-m", "train", "sweep", recipe, *rest]:
                     _link(Path(from_toml(recipe).model.name), minilm_folder)
                     _run(sys.executable, "-m", "train", "sweep", recipe, *rest, "--dry-run")
+                case [_, "-m", "train", "glue", *rest]:
+                    _run(sys.executable, "-m", "train", "glue", "--dry-run", *rest)
+                case [_, "-m", "train", "eval", *_]:
+                    pass  # lm-eval's tasks are the hub's; tests/test_eval_command.py runs the command
                 case [_, "-m", "train", "demo" | "bench" | "bench-population" | "crash-test" as command, *options]:
                     _run(sys.executable, "-m", "train", command, *options, "--help")
                 case [_, "-m", "train", "generate", *rest]:

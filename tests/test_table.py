@@ -13,6 +13,7 @@ import tiny_run
 from scipy import stats
 
 from train.__main__ import main
+from train.plan import SHAPES
 from train.results import read_results
 from train.study import write_study
 from train.table import plan_table
@@ -115,6 +116,17 @@ def test_a_dry_run_counts_and_writes_nothing(material: Path, tmp_path: Path, cap
     shown = capsys.readouterr().out
     assert re.search(r"cola +lora:r=2 +96 +0 +26 .* 5 +0", shown)
     assert not (tmp_path / "glue").exists()
+
+
+def test_a_dry_run_counts_roberta_base_as_the_paper_does(capsys: pytest.CaptureFixture) -> None:
+    methods = ["lora:r=8", "melora:n=8,r=1", "bitfit"]
+    assert (
+        main(["glue", "--model", str(SHAPES / "roberta-base"), "--tasks", "rte", "--dry-run", "--methods", *methods])
+        == 0
+    )
+    shown = capsys.readouterr().out
+    for method, adapters, base in (("lora:r=8", 36_864 * 8, 0), ("melora:n=8", 36_864, 0), ("bitfit", 0, 102_144)):
+        assert re.search(rf"rte +{method}\S* +{adapters:,} +{base:,} +592,130 ", shown), method
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,8 @@ class Options:
     tensor: int = 1
     """Devices on the mesh axis tensor; all others are on fsdp."""
     shapes: tuple[str, ...] = ()
-    """Models in place of the recipe's, of which the shapes are known here: llama-2-7b, llama-3-8b, llama-3-70b."""
+    """Models in place of the recipe's, of which the shapes are known here: llama-2-7b, llama-3-8b, llama-3-70b,
+    roberta-base."""
 
 
 def plan(words: Sequence[str]) -> int:
