@@ -182,4 +182,4 @@ def test_shapes_of_known_models_are_planned_without_their_files(tmp_path, capsys
     assert re.search(rf"base +{2 * (kernels + 65 * 4096) / GIB:.3f}\n", out)
     assert "llama-2-7b, bfloat16, remat none, 128 rows of 256 tokens" in out
     assert main(["plan", str(recipe), "--shapes", "gpt-2", "--device", "v5e-8"]) == 2
-    assert "choose from llama-2-7b, llama-3-70b, llama-3-8b, or give --model.name" in capsys.readouterr().err
+    assert "choose from llama-2-7b, llama-3-70b, llama-3-8b, roberta-base, or give --model.name" in capsys.readouterr().err
