@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 
 import melora_jax as mj
 from train.config import RunConfig
@@ -53,7 +53,7 @@ class Plan:
 
 def abstract_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
     """A mesh of so many devices that need not be there."""
-    return AbstractMesh((data, fsdp, tensor), ("data", "fsdp", "tensor"))
+    return AbstractMesh((data, fsdp, tensor), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 
 def plan_run(config: RunConfig, mesh: AbstractMesh, *, cpu: bool = False) -> Plan:
