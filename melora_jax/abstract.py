@@ -65,7 +65,7 @@ def shardings_on(model: Any, mesh: Mesh | AbstractMesh) -> dict[str, NamedShardi
     """Where each variable of a model, adapted or not, belongs on a mesh, by its path; a host's own state apart.
 
     Raises:
-      ValueError: no rule covers a variable.
+      ValueError: no rule covers a variable, or an adapter runs on one device alone.
     """
     specs: dict[str, PartitionSpec] = {}
     for path, layer in walk(model):
@@ -73,6 +73,12 @@ def shardings_on(model: Any, mesh: Mesh | AbstractMesh) -> dict[str, NamedShardi
             kernel = f"{path_of(path)}/base/{layer.view.kernel_name}"
             spec = factor_spec(model.layout.spec(kernel, layer.kernel_variable.shape, mesh), layer.spec, mesh)
             specs |= {f"{path_of(path)}/{name}": spec for name in ("a", "b")}
+            if layer.extras and mesh.size > 1:
+                kind = type(layer).__name__
+                raise ValueError(
+                    f"{path_of(path)} is a {kind}, which runs on one device and not on {mesh.size}; plan for one"
+                )
+            specs |= {f"{path_of(path)}/{name}": PartitionSpec() for name in layer.extras}
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         name = path_of(path)
         if name not in specs:

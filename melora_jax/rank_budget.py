@@ -14,6 +14,7 @@ Source: AdaLoRA (arXiv 2303.10512), section 3, in the form of PEFT's `RankAlloca
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -118,8 +119,11 @@ def within_budget(
       ValueError: the model has no AdaLoRA layer, or `target_r` is above its rank.
     """
     sites = _sites_of(model)
-    minis = sum(layer.e[...].size // layer.e.shape[-1] for layer in sites.values())
-    start, r = (sum(layer.e[...].size for layer in sites.values()), max(layer.spec.r[0] for layer in sites.values()))
+    minis = sum(math.prod(layer.e.shape[:-1]) for layer in sites.values())
+    start, r = (
+        sum(math.prod(layer.e.shape) for layer in sites.values()),
+        max(layer.spec.r[0] for layer in sites.values()),
+    )
     if budget.target_r > min(layer.spec.r[0] for layer in sites.values()):
         raise ValueError(
             f"target_r={budget.target_r} is above the r={r} that the layers start with; raise r or lower it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -182,4 +183,26 @@ def test_shapes_of_known_models_are_planned_without_their_files(tmp_path, capsys
     assert re.search(rf"base +{2 * (kernels + 65 * 4096) / GIB:.3f}\n", out)
     assert "llama-2-7b, bfloat16, remat none, 128 rows of 256 tokens" in out
     assert main(["plan", str(recipe), "--shapes", "gpt-2", "--device", "v5e-8"]) == 2
-    assert "choose from llama-2-7b, llama-3-70b, llama-3-8b, roberta-base, or give --model.name" in capsys.readouterr().err
+    assert (
+        "choose from llama-2-7b, llama-3-70b, llama-3-8b, roberta-base, or give --model.name" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("section", "more"),
+    [
+        (AdapterConfig(method="dora", n=8, r=1), 3 * (192 + 96)),
+        (AdapterConfig(method="adalora", r=4), 3 * 2 * 4),
+        (AdapterConfig(n=8, r=4, init="pissa"), 0),
+    ],
+    ids=["dora", "adalora", "pissa"],
+)
+def test_what_methods_have_beside_their_factors_is_counted_on_one_device_and_refused_on_several(
+    tmp_path, section, more
+):
+    section = dataclasses.replace(section, targets=("q_proj", "v_proj"), modules_to_save=())
+    config = dataclasses.replace(run_config(tmp_path, DECODER), adapter=section)
+    planned = plan_run(config, abstract_mesh())
+    assert planned.trainable == 4 * (config.melora.r * 3 * (2 * 192 + 192 + 96) + more)
+    with pytest.raises(ValueError, match="runs on one device and not on 2; plan for one"):
+        plan_run(config, abstract_mesh(tensor=2))
