@@ -51,13 +51,6 @@ class Lifting:
         numbers = jnp.arange(self.copies, dtype=jnp.uint32).reshape(*self.sizes, *(1,) * FACTOR_AXES)
         return jnp.moveaxis(numbers, self._front, self.factor_axes)
 
-    def factor_shape(self, shape: Shape) -> Shape:
-        """The shape of all copies of a factor of `shape`."""
-        whole = list(shape)
-        for axis, size in zip(self.factor_axes, self.sizes, strict=True):
-            whole.insert(axis, size)
-        return tuple(whole)
-
     @property
     def _front(self) -> Shape:
         return tuple(range(len(self.sizes)))

@@ -24,10 +24,11 @@ from train.assets import assets_cache, fetch_minilm, fetch_smollm2
 from train.bench_compile import compile_rows
 from train.bench_page import screen_tables, write_page
 from train.bench_plot import plot_path, png_of
-from train.bench_record import Record, Run, machine, record_of, row_of, save, write
+from train.bench_record import Record, Run, machine, record_of, row_of, save
 from train.bench_steps import TORCH, Bench, Facts, Step, torch_step, variants
 from train.errors import RunError
 from train.heap import keep_freed_memory
+from train.record import replace_bytes
 
 _TARGETS = {"classification": ("query", "value"), "causal-lm": ("q_proj", "v_proj")}
 _SHAPES = {"classification": (32, 64), "causal-lm": (2, 256)}
@@ -106,7 +107,7 @@ def _finish(run: Run, options: Options, console: Console) -> int:
     if options.out:
         save(run, options.out)
         if run.records:
-            write(plot_path(options.out), png_of(run))
+            replace_bytes(plot_path(options.out), png_of(run))
         console.print(f"{options.out} is written")
     return 0
 

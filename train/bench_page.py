@@ -13,7 +13,8 @@ from typing import Any
 from rich.table import Table
 
 from train.bench_plot import plot_path
-from train.bench_record import Record, Row, Run, load, write
+from train.bench_record import Record, Row, Run, load
+from train.record import replace_text
 
 HEADERS = (
     "step",
@@ -140,5 +141,5 @@ def write_page(page: Path, results: Path, say: Callable[[str], None]) -> None:
         figure = picture.relative_to(page.parent).as_posix() if picture.is_relative_to(page.parent) else None
         return f"{block[1]}\n{markdown(load(path), figure if picture.exists() else None)}\n{block[3]}"
 
-    write(page, _BLOCK.sub(filled, text).encode())
+    replace_text(page, _BLOCK.sub(filled, text))
     say(f"{page} is written")

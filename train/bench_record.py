@@ -6,7 +6,6 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
-import os
 import platform
 import statistics
 from pathlib import Path
@@ -16,6 +15,7 @@ import jax
 
 from train.bench_steps import LIMIT, Bench, Facts
 from train.flops import peak_flops
+from train.record import replace_text
 
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "peft")
 
@@ -121,15 +121,8 @@ def _processor() -> str:
 
 def save(run: Run, path: Path) -> None:
     """Writes a run, whole or not at all."""
-    write(path, (json.dumps(dataclasses.asdict(run), indent=1) + "\n").encode())
-
-
-def write(path: Path, content: bytes) -> None:
-    """Writes a file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    replace_text(path, json.dumps(dataclasses.asdict(run), indent=1) + "\n")
 
 
 def load(path: Path) -> Run:

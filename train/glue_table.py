@@ -12,15 +12,16 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+import melora_jax as mj
 from train.cells import is_finished, run_cells
 from train.errors import RunError
 from train.loop import exit_code
 from train.metrics import is_better
+from train.planning import adapted_shapes
 from train.results import read_results, score_after_last, write_manifest
 from train.run_folder import read_run
 from train.study import write_study
 from train.table import Row, plan_table
-from train.trainables import count_trainables
 
 _REFERENCE = "lora"
 
@@ -55,7 +56,7 @@ class Options:
 
 def glue(words: Sequence[str]) -> int:
     """Runs, or goes on with, the table; returns the exit code."""
-    own, _, overrides = _split(words)
+    own, overrides = _split(words)
     options = tyro.cli(Options, args=own, prog="python -m train glue", use_underscores=True)
     rows = plan_table(
         model=options.model,
@@ -88,10 +89,10 @@ def glue(words: Sequence[str]) -> int:
     return 0
 
 
-def _split(words: Sequence[str]) -> tuple[list[str], str, list[str]]:
+def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Our options, and those behind --."""
     at = list(words).index("--") if "--" in words else len(words)
-    return list(words[:at]), "--", list(words[at + 1 :])
+    return list(words[:at]), list(words[at + 1 :])
 
 
 def _reference(options: Options, rows: Sequence[Row]) -> str:
@@ -132,7 +133,7 @@ def _planned(rows: Sequence[Row]) -> Table:
     for header in ("task", "method", "adapters", "base", "heads", "share", "runs", "done"):
         table.add_column(header, justify="left" if header in ("task", "method") else "right", overflow="fold")
     for row in rows:
-        count = count_trainables(row.base)
+        count = mj.describe(adapted_shapes(row.base))
         runs = [*row.choices().values(), *row.reported(row.rates[0])]
         done = sum(is_finished(Path(run.output.folder)) for run in runs)
         share = count.trainable / (count.trainable + count.frozen)

@@ -15,6 +15,7 @@ import melora_jax as mj
 from train.config import RunConfig
 from train.devices import rows_a_device
 from train.experiment import TASKS
+from train.glue import glue_task
 from train.liveness import bytes_of, peak_bytes
 from train.methods import penalty, rank_budget
 from train.step import Batch, make_loss, measurer
@@ -111,7 +112,8 @@ def abstract_run(config: RunConfig, rows: int, mesh: AbstractMesh | None = None)
 
 def adapted_shapes(config: RunConfig) -> Any:
     """The adapted model, with shapes in place of arrays."""
-    names = config.data.label_names
+    glue = glue_task(config.data.name)
+    classes = len(config.data.label_names) or (glue.classes if glue else None)
 
     def adapted(model: Any) -> Any:
         if config.model.quantize:
@@ -122,7 +124,7 @@ def adapted_shapes(config: RunConfig) -> Any:
     model = mj.abstract_model(
         config.model.name,
         task=TASKS[config.model.task],
-        num_labels=len(names) or None,
+        num_labels=classes,
         dtype=config.model.dtype,
         remat=config.model.remat,
     )

@@ -159,11 +159,16 @@ def read_metrics(folder: str | os.PathLike[str]) -> list[Event]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes `text` to `path` whole or not at all: a temporary file beside it, synced, then renamed over it."""
+    """`replace_bytes` of a text as UTF-8."""
+    replace_bytes(path, text.encode("utf-8"))
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Writes `content` to `path` whole or not at all: a temporary file beside it, synced, then renamed over it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

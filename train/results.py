@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from melora_jax.spectrum import effective_rank
+from train.cells import is_finished
 from train.metrics import is_better
 from train.record import replace_text
 from train.run_folder import Run, read_run
@@ -122,7 +123,7 @@ def score_after_last(run: Run) -> float:
 
 def _result(folder: Path, entry: Mapping[str, Any]) -> Result | None:
     place = folder / entry["folder"]
-    if not all((place / name / "report.html").exists() for name in entry["seeds"].values()):
+    if not all(is_finished(place / name) for name in entry["seeds"].values()):
         return None
     runs = {seed: read_run(place / name) for seed, name in entry["seeds"].items()}
     first = next(iter(runs.values()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
+from train.record import replace_bytes
 from train.results import Result
 from train.studies import STUDIES, Curve, Study, curves
 
@@ -55,10 +57,9 @@ def _draw(path: Path, results: Sequence[Result], panel: Callable[[Axes, str], No
         for axes, task in zip(panels, tasks, strict=True):
             axes.set_title(task, loc="left")
             panel(axes, task)
-        # The old file stays whole until the new one is.
-        partial = path.with_suffix(".png.partial")
-        figure.savefig(partial, dpi=_DPI, format="png", metadata={"Software": None})
-        partial.replace(path)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, dpi=_DPI, format="png", metadata={"Software": None})
+        replace_bytes(path, buffer.getvalue())
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ one while a prompt has more tokens than the protocol lets it have, which a task 
 
 from __future__ import annotations
 
+import abc
 import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -29,17 +30,17 @@ class InstructEvalTask(ConfigurableTask):
         self.count_tokens: Callable[[str], int] | None = None
         super().__init__(config={key: value for key, value in config.items() if key != "class"})
 
+    @abc.abstractmethod
     def doc_to_text(self, doc: Mapping[str, Any], doc_to_text: object = None) -> str:
         """The question, up to where the answer begins."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def doc_to_target(self, doc: Mapping[str, Any], doc_to_target: object = None) -> str:
         """The right answer."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def shots(self, doc: Mapping[str, Any], count: int) -> Sequence[Mapping[str, Any]]:
         """At most `count` rows that are shown with their answers before a question."""
-        raise NotImplementedError
 
     def heading(self, doc: Mapping[str, Any]) -> str:
         """What goes before all shots."""
