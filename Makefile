@@ -54,7 +54,7 @@ test: .venv/.test $(if $(PY312),.venv312/.test)  ## the suite, then its torch-fr
 	.venv/bin/python $(pytest) $(if $(TORCH),,-m "not parity")
 	$(if $(PY312),.venv312/bin/python $(pytest) -m "not parity",@echo "This was the only run: there is no second Python for another jax.")
 
-test-meshes: .venv/.test  ## every mesh, full fine-tuning and four processes on simulated devices: about twenty minutes
+test-meshes: .venv/.test  ## every mesh, full fine-tuning and four processes on simulated devices: two minutes with warm caches
 	EXHAUSTIVE=1 .venv/bin/python $(pytest) -m exhaustive
 
 lint: .venv/.lint  ## format, style, types and import contracts

@@ -39,8 +39,10 @@ def random_heads(tokens: int = 11):
 @pytest.mark.parametrize("window", [None, 1, 4, 50])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
-def test_attention_equals_numpy(monkeypatch, softcap, window, masked, backend):
-    """Our own code, and jax's on other devices than the CPU, which runs there too."""
+@pytest.mark.parametrize("block", [3, 64])
+def test_attention_equals_numpy(monkeypatch, softcap, window, masked, backend, block):
+    """Our own code, in uneven blocks and all at once, and jax's on other devices than the CPU, which runs there too."""
+    monkeypatch.setattr("melora_jax.models.causal._BLOCK", block)
     monkeypatch.setattr("melora_jax.models.causal.jax.default_backend", lambda: backend)
     query, key, value = random_heads()
     place = np.arange(11)
@@ -53,6 +55,17 @@ def test_attention_equals_numpy(monkeypatch, softcap, window, masked, backend):
     heads = (jnp.asarray(x, jnp.float32) for x in (query, key, value))
     found = causal_attention(*heads, mask, **(OPTIONS | {"window": window, "softcap": softcap}))
     np.testing.assert_allclose(found, by_hand(query, key, value, seen, 0.3, softcap), rtol=0, atol=2e-6)
+
+
+def test_gradients_of_blocks_are_those_of_all_scores_at_once(monkeypatch):
+    heads = [jnp.asarray(x, jnp.float32) for x in random_heads()]
+
+    def gradients(block):
+        monkeypatch.setattr("melora_jax.models.causal._BLOCK", block)
+        return jax.grad(lambda heads: jnp.sin(causal_attention(*heads, None, **OPTIONS)).sum())(heads)
+
+    for found, expected in zip(gradients(3), gradients(64), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("softcap", [None, 0.7])
