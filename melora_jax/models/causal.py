@@ -123,13 +123,14 @@ def causal_attention(
         tokens = Tokens(jnp.arange(query.shape[1])[None])
         mask = causal_mask(tokens, tokens, 0, window)
     length = query.shape[1]
-    # A cache may be longer than what is written, and the masks of dropout are drawn for all scores at once.
-    widest = length if rate or key.shape[1] != length else max(_BLOCK, -(-length // _BLOCKS))
+    cached = key.shape[1] - length  # places of a cache, which may be longer than what is written
+    # The masks of dropout are drawn for all scores at once.
+    widest = length if rate or cached else max(_BLOCK, -(-length // _BLOCKS))
     key, value = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
     mixed = []
     for start in range(0, length, widest):
         end = min(length, start + widest)
-        seen = key.shape[2] if widest == length else end
+        seen = end + cached
         mixed.append(
             _attend(
                 query[:, start:end],
