@@ -110,5 +110,6 @@ def _task(tree: AdapterTree, config: dict[str, Any], where: str) -> str:
 
 def _labels(tree: AdapterTree, task: str) -> int | None:
     """The outputs of the classification head that was trained beside the adapter; None where there is none."""
-    heads = [value for path, value in tree.saved.items() if path in ("classifier/bias", "classifier/out_proj/bias")]
-    return len(heads[0]) if heads and task in ("sequence-classification", "regression") else None
+    last = ("classifier/bias", "classifier/out_proj/bias", "score/kernel")
+    heads = [value for path, value in tree.saved.items() if path in last]
+    return heads[0].shape[-1] if heads and task in ("sequence-classification", "regression") else None

@@ -35,7 +35,8 @@ def _checkpoint(path_or_id: str | Path) -> _Checkpoint:
     source = checkpoint_source(path_or_id)
     config, where = config_of(source)
     family = family_of(config, where)
-    task = "causal-lm" if family.is_decoder else "sequence-classification"
+    classifies = any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or ())
+    task = "causal-lm" if family.is_decoder and not classifies else "sequence-classification"
     files = tensor_files(source)
     names = {key: family.canonical(key, task) for key in files}
     kept = {name: (files[key], key) for key, name in names.items() if not family.ignorable(name, task, ())}
@@ -80,7 +81,7 @@ def compress_difference(
         config=config_of_sites(specs, modules),
         saved=head,
         base_model=str(base),
-        task=before.task,
+        task=after.task,
     )
     return dataclasses.replace(found, tree=tree, left_out=left_out)
 

@@ -178,7 +178,7 @@ def _peft_config(tree: AdapterTree, host: PeftHost, rank: int, alpha: float) -> 
 def _task_type(tree: AdapterTree) -> str | None:
     """PEFT's word for the task; none for a classifier whose head was not trained, of which PEFT would miss the head."""
     task = PEFT_TASKS.get(tree.task or "")
-    has_head = any("classifier" in path.split("/") for path in tree.saved)
+    has_head = any({"classifier", "score"} & set(path.split("/")) for path in tree.saved)
     return task if task != "SEQ_CLS" or has_head else None
 
 

@@ -37,7 +37,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(output/dense|down_proj|lin2)/kernel", ("mlp", "embed")),
     (r"(output/dense|o_proj|out_lin|down_proj|lin2)/bias", (None,)),
     (r"lm_head/kernel", ("embed", "vocab")),
-    (r"(pooler/dense|pre_classifier|classifier/dense|classifier/out_proj|classifier)/kernel", ("embed", None)),
+    (r"(pooler/dense|pre_classifier|classifier/dense|classifier/out_proj|classifier|score)/kernel", ("embed", None)),
     (r"(pooler/dense|pre_classifier|classifier/dense|classifier/out_proj|classifier)/bias", (None,)),
     (r"\w*(layer_?norm|LayerNorm|norm)/(scale|bias)", (None,)),
 )

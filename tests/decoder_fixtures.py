@@ -162,7 +162,11 @@ def torch_decoder(folder: Path, task: str = "causal-lm") -> tuple[Any, dict[str,
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    auto = transformers.AutoModel if task == "encoder" else transformers.AutoModelForCausalLM
+    auto = {
+        "encoder": transformers.AutoModel,
+        "causal-lm": transformers.AutoModelForCausalLM,
+        "sequence-classification": transformers.AutoModelForSequenceClassification,
+    }[task]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model, info = auto.from_pretrained(

@@ -107,6 +107,7 @@ def check_guard(folder: Path, mesh: jax.sharding.Mesh) -> dict[str, str]:
     said = {}
     for family in ("bert", "llama"):
         said[family] = guarded(folder / family, family, mesh, *TASKS[family])
+    said["a llama that classifies"] = guarded(folder / "llama", "llama", mesh, "sequence-classification", 3)
     ours, ParallelDot.product = ParallelDot.product, left_to_xla(ParallelDot.product)
     said["left to XLA"] = guarded(folder / "llama", "llama", mesh, "causal-lm", None)
     ParallelDot.product = ours
@@ -143,7 +144,8 @@ def check_refusals(folder: Path, mesh: jax.sharding.Mesh) -> dict[str, str]:
 
 def guarded(path: Path, family: str, mesh: jax.sharding.Mesh, task: str, labels: int | None) -> str:
     targets = {"bert": ["query"], "llama": ["q_proj"]}[family]
-    config = mj.MELoRAConfig(n=8, targets=targets, layers=[0], modules_to_save=[HEADS[family]])
+    head = "score" if family == "llama" and labels else HEADS[family]
+    config = mj.MELoRAConfig(n=8, targets=targets, layers=[0], modules_to_save=[head])
     try:
         mj.check_mesh(path, config, mesh, task=task, num_labels=labels)
     except ValueError as error:

@@ -240,8 +240,7 @@ def test_the_count_of_key_heads_is_not_guessed():
 @pytest.mark.parametrize(
     ("message", "config", "arguments"),
     [
-        ("task 'sequence-classification' is not offered for llama; choose from causal-lm, encoder", "llama", {}),
-        ("task 'regression' is not offered for gemma2; choose from causal-lm", "gemma2", {"task": "regression"}),
+        ("regression has one output, not num_labels=3", "gemma2", {"task": "regression", "num_labels": 3}),
         ("a language model has no labels", "llama", {"task": "causal-lm", "num_labels": 3}),
         ("dtype 'float16' is not supported", "llama", {"task": "causal-lm", "dtype": "float16"}),
     ],

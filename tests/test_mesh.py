@@ -99,7 +99,7 @@ def test_masks_do_not_depend_on_the_mesh(results: dict[str, Any]) -> None:
 
 def test_the_guard_passes_our_layers_and_names_the_one_that_xla_miscompiles(results: dict[str, Any]) -> None:
     said = results["guard:2,2,2"]
-    assert (said["bert"], said["llama"]) == ("equal", "equal")
+    assert {said[name] for name in ("bert", "llama", "a llama that classifies")} == {"equal"}
     assert "data=2, fsdp=2, tensor=2 model/layers/0/self_attn/o_proj gives other values" in said["left to XLA"]
 
 

@@ -34,13 +34,15 @@ TASK = "sequence-classification"
 CONFIGS = {**models_fixtures.CONFIGS, **decoder_fixtures.CONFIGS}
 
 
-def abstract(config: Any) -> Any:
-    return nnx.eval_shape(lambda: model_from_config(config, task="causal-lm" if "rms_norm_eps" in config else TASK))
+def abstract(config: Any, task: str | None = None) -> Any:
+    usual = "causal-lm" if "rms_norm_eps" in config else TASK
+    return nnx.eval_shape(lambda: model_from_config(config, task=task or usual))
 
 
+@pytest.mark.parametrize("task", [None, TASK])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_rules_cover_every_variable_of_every_family(name: str) -> None:
-    model = abstract(CONFIGS[name])
+def test_the_rules_cover_every_variable_of_every_family(name: str, task: str | None) -> None:
+    model = abstract(CONFIGS[name], task)
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         spec = model.layout.spec(path_of(path), variable.shape, MESH)
         for size, axis in zip(variable.shape, spec, strict=True):

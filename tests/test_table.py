@@ -129,6 +129,15 @@ def test_a_dry_run_counts_roberta_base_as_the_paper_does(capsys: pytest.CaptureF
         assert re.search(rf"rte +{method}\S* +{adapters:,} +{base:,} +592,130 ", shown), method
 
 
+def test_a_dry_run_counts_llama_2_7b_as_the_paper_does(capsys: pytest.CaptureFixture) -> None:
+    given = ["glue", "--model", str(SHAPES / "llama-2-7b"), "--tasks", "rte", "--dry-run", "--methods"]
+    rest = ["--adapter.targets", "q_proj", "v_proj", "--adapter.modules-to-save", "score"]
+    assert main([*given, "lora:r=1", "melora:n=8,r=2", "--", *rest]) == 0
+    shown = capsys.readouterr().out
+    for method, adapters in (("lora:r=1", 524_288), ("melora:n=8", 524_288 * 2)):
+        assert re.search(rf"rte +{method}\S* +{adapters:,} +0 +{2 * 4096:,} ", shown), method
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

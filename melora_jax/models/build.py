@@ -12,6 +12,7 @@ from melora_jax.models.bert import BertModel
 from melora_jax.models.causal_lm import CausalLM
 from melora_jax.models.decoder import REMAT, DecoderModel
 from melora_jax.models.decoder_config import DecoderConfig, decoder_config
+from melora_jax.models.decoder_head import DecoderForSequenceClassification
 from melora_jax.models.decoder_layers import DecoderParts
 from melora_jax.models.distilbert import DistilBertModel
 from melora_jax.models.encoder import EncoderConfig, Parts, encoder_config
@@ -26,7 +27,10 @@ from melora_jax.models.placement import lay_out
 from melora_jax.sharding import Layout
 
 Classifier: TypeAlias = (
-    BertForSequenceClassification | RobertaForSequenceClassification | DistilBertForSequenceClassification
+    BertForSequenceClassification
+    | RobertaForSequenceClassification
+    | DistilBertForSequenceClassification
+    | DecoderForSequenceClassification
 )
 Model: TypeAlias = Classifier | BertModel | DistilBertModel | CausalLM | DecoderModel
 
@@ -60,8 +64,7 @@ def model_from_config(
     Args:
       config: the content of a config.json of transformers 4 or 5; encoders are BERT, RoBERTa, XLM-R and DistilBERT,
         decoders Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3 (text), and SmolLM, which is a Llama.
-      task: "sequence-classification" or "regression" (one output) for encoders, "causal-lm" for decoders, "encoder" (no
-        head) for both.
+      task: "sequence-classification", "regression" (one output) or "encoder" (no head); for decoders "causal-lm" too.
       num_labels: outputs of the head; None takes their number from `config`.
       label_names: a name for each label; None takes them from `config`.
       dtype: "float32" or "bfloat16", of parameters and computation alike.
@@ -88,7 +91,7 @@ def model_from_config(
     sizes = sizes_of(config, where)
     rngs = nnx.Rngs(0) if rngs is None else rngs
     if isinstance(sizes, DecoderConfig):
-        model = _decoder(DecoderParts(sizes, DTYPES[dtype], rngs), task, remat)
+        model = _decoder(DecoderParts(sizes, DTYPES[dtype], rngs), task, labels, remat)
     else:
         model = _encoder(Parts(sizes, DTYPES[dtype], rngs), family, labels)
     model.config = described
@@ -134,5 +137,7 @@ def _encoder(parts: Parts, family: Family, labels: int | None) -> Model:
     return _BODIES[family.prefix](parts) if labels is None else _CLASSIFIERS[family.prefix](parts, labels)
 
 
-def _decoder(parts: DecoderParts, task: str, remat: str) -> Model:
+def _decoder(parts: DecoderParts, task: str, labels: int | None, remat: str) -> Model:
+    if labels is not None:
+        return DecoderForSequenceClassification(parts, labels, remat=remat)
     return DecoderModel(parts, remat=remat) if task == "encoder" else CausalLM(parts, remat=remat)

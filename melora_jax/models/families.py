@@ -106,7 +106,7 @@ class Family:
       head: the modules of a sequence classification head.
       pools: the body of a classifier has a pooler.
       tasks: what a model of this family can be loaded for.
-      body_architecture: how the body's class name begins, where it differs from `architecture`.
+      body_architecture: how the class names of body and classifier begin, where they differ from `architecture`.
     """
 
     model_type: str
@@ -125,9 +125,10 @@ class Family:
 
     def architecture_of(self, task: str) -> str:
         """The Hugging Face class that `task` corresponds to."""
-        if task == "encoder":
-            return f"{self.body_architecture or self.architecture}Model"
-        return self.architecture + ("ForCausalLM" if task == "causal-lm" else "ForSequenceClassification")
+        if task == "causal-lm":
+            return f"{self.architecture}ForCausalLM"
+        end = "Model" if task == "encoder" else "ForSequenceClassification"
+        return (self.body_architecture or self.architecture) + end
 
     def canonical(self, key: str, task: str) -> str:
         """A checkpoint's tensor name as Hugging Face spells it today for the model of `task`.
@@ -147,9 +148,10 @@ class Family:
         for pattern, reason in _DECODER_EXTRAS if self.is_decoder else _EXTRAS:
             if re.match(pattern, name):
                 return reason
-        if self.is_decoder:
-            return "head of another task" if task == "encoder" and name.startswith("lm_head.") else None
-        if name.split(".")[0] in self.head and (task == "encoder" or has_other_head(architectures)):
+        top = name.split(".")[0]
+        if self.is_decoder and top == "lm_head":
+            return None if task == "causal-lm" else "head of another task"
+        if top in self.head and (task in ("encoder", "causal-lm") or has_other_head(architectures)):
             return "head of another task"
         if name.startswith(f"{self.prefix}.pooler.") and not self.pools:
             return "pooler, which this family's classifier does not use"
@@ -163,7 +165,7 @@ _EXTRAS = (
 )
 _DECODER_EXTRAS = (
     (r"(\w+\.)*rotary_emb\.inv_freq$", "buffer, computed on the fly"),
-    (r"(score|qa_outputs)\.", "head of another task"),
+    (r"qa_outputs\.", "head of another task"),
 )
 
 
@@ -192,8 +194,8 @@ def _decoder(model_type: str, architecture: str, body_architecture: str | None =
         architecture=architecture,
         body_architecture=body_architecture,
         body=("embed_tokens", "layers", "norm"),
-        head=(),
-        tasks=("causal-lm", "encoder"),
+        head=("score",),
+        tasks=("causal-lm", "sequence-classification", "regression", "encoder"),
     )
 
 
