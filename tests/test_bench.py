@@ -17,10 +17,11 @@ from tiny_run import DECODER_SIZES, SIZES
 import melora_jax as mj
 from melora_jax.models.build import model_from_config
 from melora_jax.models.save import save_pretrained
+from train import bench
 from train.__main__ import main
 from train.bench_compile import compile_rows
 from train.bench_record import Record, Row, load
-from train.bench_steps import Bench, variants
+from train.bench_steps import Bench, Facts, Step, variants
 from train.flops import forward_flops
 
 SMALL = ["--batch-size", "2", "--length", "11", "--rounds", "3"]
@@ -64,6 +65,18 @@ def test_variants_take_turns(models, capsys, tmp_path, task):
             f"{22 / statistics.median(row.seconds):,.0f}",
         ]
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_turn_is_of_several_steps_and_its_time_is_of_one(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
+
+    def step(seconds):
+        return Step(lambda: clock.append(clock.pop() + seconds), Facts())
+
+    steps = {"first": step(2.0), "other": step(3.0)}
+    assert bench._turns(steps, rounds=2, turn=4) == {"first": [2.0, 2.0], "other": [3.0, 3.0]}
+    assert clock == [2 * 4 * (2.0 + 3.0)]
 
 
 def test_ratios_are_of_the_same_round():
@@ -186,6 +199,7 @@ def test_a_page_is_filled_from_its_results_and_keeps_its_prose(models, tmp_path,
         (["--sweep", "tokens=100"], "--sweep tokens: 100 is no multiple of --length 64"),
         (["--sweep", "n=2", "--memory"], "--memory is of the variants of one model; leave --sweep out"),
         (["--page", "nowhere.md"], "nowhere.md"),
+        (["--turn", "0"], "--rounds 9 and --turn 0 must be at least 1"),
     ],
 )
 def test_bad_options_are_refused(models, capsys, words, message):

@@ -50,6 +50,8 @@ class Options:
     """Tokens a row; by default 64, or 256 of a causal-lm."""
     rounds: int = 9
     """Rounds; in each, every variant takes one turn."""
+    turn: int = 1
+    """Steps a turn."""
     targets: tuple[str, ...] = ()
     """Name suffixes of the adapted layers, or all-linear; by default query and value."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -82,6 +84,8 @@ def bench(words: Sequence[str]) -> int:
     if options.page:
         write_page(options.page, options.results, console.print)
         return 0
+    if min(options.rounds, options.turn) < 1:
+        raise ValueError(f"--rounds {options.rounds} and --turn {options.turn} must be at least 1")
     sweeps = dict(map(_sweep, options.sweep))
     if sweeps and options.memory:
         raise ValueError("--memory is of the variants of one model; leave --sweep out")
@@ -203,9 +207,9 @@ def _record(options: Options, subject: Bench, sweeps: dict[str, tuple[int, ...]]
         for name, make in makers.items():
             say(f"compiling {name} ...")
             ready[name] = make()
-            _take(ready[name], 1)
+            _take(ready[name], ready[name].warm_up)
         keep_freed_memory()
-        seconds = _turns(ready, options.rounds)
+        seconds = _turns(ready, options.rounds, options.turn)
     finally:
         for step in ready.values():
             step.close()
@@ -233,12 +237,12 @@ def _words(value: object) -> list[str]:
     return [str(entry) for entry in value] if isinstance(value, tuple) else [str(value)]
 
 
-def _turns(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step in each round. Turns make what else the machine does fall on all alike."""
+def _turns(steps: dict[str, Step], rounds: int, turn: int) -> dict[str, list[float]]:
+    """Seconds a step of each variant in each round. Turns make what else the machine does fall on all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
             began = time.perf_counter()
-            step.advance()
-            seconds[name].append(time.perf_counter() - began)
+            _take(step, turn)
+            seconds[name].append((time.perf_counter() - began) / turn)
     return seconds
