@@ -8,7 +8,7 @@ from melora_jax.dora import DoRADense
 from melora_jax.dropout import dropout_key
 from melora_jax.generation import Generation, NewTokens, generate, stream
 from melora_jax.guard import check_mesh
-from melora_jax.layers import BaseParam, FrozenParam, MELoRADense, MELoRAParam
+from melora_jax.layers import MELoRADense
 from melora_jax.members import Members, make_members
 from melora_jax.merging import merge, unwrap
 from melora_jax.models import abstract_model, from_pretrained, save_pretrained
@@ -27,6 +27,7 @@ from melora_jax.rank_budget import RankBudget
 from melora_jax.sharding import batch_sharding, make_mesh
 from melora_jax.stacking import Stacking, stack_layers, unstack_layers
 from melora_jax.surgery import Adaptation, adapt, describe
+from melora_jax.variables import BaseParam, FrozenParam, MELoRAParam
 
 __version__ = "0.1.0"
 

@@ -11,10 +11,11 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from melora_jax.graph import path_of, walk
-from melora_jax.layers import FrozenParam, MELoRADense
+from melora_jax.layers import MELoRADense
 from melora_jax.optim import TrainState
 from melora_jax.sharding import shardings_like
 from melora_jax.slices import factor_spec
+from melora_jax.variables import FrozenParam
 
 
 def abstract_train_state(

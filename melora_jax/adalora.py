@@ -11,8 +11,9 @@ from jaxtyping import Array, Float
 
 from melora_jax.config import AdapterSpec
 from melora_jax.graph import walk
-from melora_jax.layers import MELoRADense, MELoRAParam
+from melora_jax.layers import MELoRADense
 from melora_jax.quantization import QuantizedLinear
+from melora_jax.variables import MELoRAParam
 from melora_jax.views import DenseView, refuse_mesh
 
 DEVIATION = 0.02  # of the start of A and B, as in the authors' code and PEFT

@@ -15,7 +15,7 @@ from melora_jax.config import MELoRAConfig
 from melora_jax.fit import beside_factors, require_fit, require_same_factors
 from melora_jax.graph import path_of, walk
 from melora_jax.interchange import read_adapter, write_adapter
-from melora_jax.layers import MELoRADense, StartParam
+from melora_jax.layers import MELoRADense
 from melora_jax.matching import plan_sites
 from melora_jax.model_card import Provenance, license_in
 from melora_jax.models.families import torch_from_flax
@@ -25,6 +25,7 @@ from melora_jax.sharding import put
 from melora_jax.spectrum import singular_values
 from melora_jax.stacking import is_stacked, unstacked
 from melora_jax.surgery import CONFIG_ATTRIBUTE, Adaptation, adapt, adapters_of, config_of, describe, require_live
+from melora_jax.variables import StartParam
 
 
 def save_adapter(

@@ -10,11 +10,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from melora_jax.config import AdapterSpec
-from melora_jax.layers import MELoRADense, MELoRAParam
+from melora_jax.layers import MELoRADense
 from melora_jax.quantization import QuantizedLinear
 from melora_jax.sharding import active_mesh
 from melora_jax.starts import from_kernel
 from melora_jax.update import update_of
+from melora_jax.variables import MELoRAParam
 from melora_jax.views import DenseView, refuse_mesh, unadaptable
 
 _ADAPTABLE = (nnx.Linear, nnx.LinearGeneral, QuantizedLinear)

@@ -10,9 +10,9 @@ from flax import nnx
 from melora_jax.adapter_tree import AdapterTree, extra_shapes
 from melora_jax.config import AdapterSpec, MELoRAConfig
 from melora_jax.graph import path_of, walk
-from melora_jax.layers import MELoRAParam
 from melora_jax.matching import plan_sites
 from melora_jax.surgery import CONFIG_ATTRIBUTE, adapters_of, config_of
+from melora_jax.variables import MELoRAParam
 from melora_jax.views import DenseView, view_of
 
 

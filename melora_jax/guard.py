@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from melora_jax.config import MELoRAConfig
 from melora_jax.graph import path_of, rewrite, walk
-from melora_jax.layers import FrozenParam, MELoRADense, MELoRAParam
+from melora_jax.layers import MELoRADense
 from melora_jax.matching import plan_sites
 from melora_jax.models.build import model_from_config, sizes_of
 from melora_jax.models.checkpoint import checkpoint_source, config_of
@@ -29,6 +29,7 @@ from melora_jax.models.decoder_config import DecoderConfig
 from melora_jax.models.placement import place_model
 from melora_jax.sharding import AXES, DATA, FSDP, TENSOR, batch_sharding, put
 from melora_jax.surgery import adapt
+from melora_jax.variables import FrozenParam, MELoRAParam
 
 # Sums in another order differ by about 1e-6 of the largest entry in float32; a wrong product by about 1.
 TOLERANCE = 1e-3

@@ -1,4 +1,4 @@
-"""`MELoRADense` and the variable types that say what is trained.
+"""`MELoRADense`: a dense layer with an adapter.
 
 The tree of a layer before and after `adapt`::
 
@@ -20,32 +20,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import AbstractMesh
 
 from melora_jax import blocks, checks
 from melora_jax.config import AdapterSpec, Init, Mixer, Scaling, Strategy, Variant
-from melora_jax.merged_product import merged_output, why_unmergeable
+from melora_jax.merged_product import merged_output, why_unmergeable, why_unmergeable_on
 from melora_jax.parallel import ParallelDot
 from melora_jax.quantization import QuantizedLinear
-from melora_jax.sharding import active_mesh
+from melora_jax.sharding import DATA, FSDP, active_mesh
 from melora_jax.slices import product_with_adapter
 from melora_jax.update import Adapter, attend_update, in_dtype_of, merged_kernel, update_of
+from melora_jax.variables import MELoRAParam, freeze
 from melora_jax.views import DenseView, checked_view, view_at_call, view_of
-
-
-class MELoRAParam(nnx.Param):
-    """A mini-adapter factor: an `nnx.Param`, so the usual `wrt=nnx.Param` trains it."""
-
-
-class FrozenParam(nnx.Variable):
-    """A base parameter that is not trained: no `nnx.Param`, so `wrt=nnx.Param` passes it by."""
-
-
-class StartParam(FrozenParam):
-    """Start values of a factor, which its adapter is the difference from: not trained, but saved with it."""
-
-
-class BaseParam(nnx.Param):
-    """A base parameter that is trained: a bias, or in full fine-tuning any. `merge` and `unwrap` give its type back."""
 
 
 class MELoRADense(nnx.Module):
@@ -177,13 +163,13 @@ class MELoRADense(nnx.Module):
 
     def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         """The base layer's output plus the adapter's; further arguments go to the base layer."""
-        mesh = active_mesh()
-        if mesh is not None and isinstance(getattr(self.base, "dot_general", None), ParallelDot):
+        mesh = self._own_mesh()
+        if self.strategy == "merged" and self._may_merge(x, mesh):
+            return merged_output(self.base, x, *self.factors(), self.spec, mesh)
+        if mesh is not None:
             return product_with_adapter(
                 self.base, mesh, x, self._factors_for, self.scale, self.product.spec, self.strategy, self.path
             )
-        if self.strategy == "merged" and self._enough_tokens(x):
-            return merged_output(self.base, x, *self.factors(), self.spec)
         y = self.base(x, *args, **kwargs)
         view = self._view_for_call(*args, **kwargs)
         return y + update_of(self.product, view, x, y, *self.factors())
@@ -195,7 +181,9 @@ class MELoRADense(nnx.Module):
           ValueError: it is "merged", which the base does not allow.
         """
         plain = type(self) is MELoRADense
-        why_not = why_unmergeable(self.base) if plain else f"a {type(self).__name__} is no sum of W and s·A·B"
+        why_not = (
+            why_unmergeable(self.base, self.spec) if plain else f"a {type(self).__name__} is no sum of W and s·A·B"
+        )
         if self.spec.strategy == "merged" and why_not is not None:
             raise ValueError(
                 f'strategy="merged" at {self.path or "a layer"}: {why_not}; use strategy="batched" or "auto"'
@@ -210,8 +198,14 @@ class MELoRADense(nnx.Module):
         computed = self.spec.dtype or self.base.dtype or self.base.param_dtype
         return jnp.dtype(computed) == self.base.param_dtype == jnp.float32
 
-    def _enough_tokens(self, x: jax.Array) -> bool:
-        tokens = x.size // x.shape[-1]
+    def _own_mesh(self) -> AbstractMesh | None:
+        """The mesh in force, if the base is one of our layers and so cuts its product itself."""
+        return active_mesh() if isinstance(getattr(self.base, "dot_general", None), ParallelDot) else None
+
+    def _may_merge(self, x: jax.Array, mesh: AbstractMesh | None) -> bool:
+        if mesh is not None and why_unmergeable_on(mesh, self.base, self.spec):
+            return False
+        tokens = x.size // x.shape[-1] // (1 if mesh is None else mesh.shape[DATA] * mesh.shape[FSDP])
         return self.spec.strategy == "merged" or blocks.merging_pays(tokens, x.shape[-1], self.b.shape[2], self.spec.n)
 
     def _factors_for(self, y: jax.Array | jax.ShapeDtypeStruct) -> tuple[jax.Array, jax.Array]:
@@ -253,32 +247,3 @@ class MELoRADense(nnx.Module):
         if name.startswith("_") or "base" not in vars(self):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.base, name)
-
-
-def freeze(variable: nnx.Variable) -> nnx.Variable:
-    """The same value and metadata as a `FrozenParam`, which remembers the type it had."""
-    metadata = variable.get_metadata() | {"thawed": type(variable)}
-    return FrozenParam.from_metadata(variable.get_raw_value(), metadata)
-
-
-def trained(variable: nnx.Variable) -> nnx.Variable:
-    """The same value as a `BaseParam` in float32, which remembers the type and dtype it had."""
-    value = variable.get_raw_value()
-    metadata = variable.get_metadata() | {"thawed": type(variable), "thawed_dtype": value.dtype}
-    return BaseParam.from_metadata(in_float32(value), metadata)
-
-
-def thaw(variable: FrozenParam | BaseParam) -> nnx.Variable:
-    """The inverse of `freeze`, and of `trained`, whose value is rounded to the dtype it had."""
-    value, metadata = variable.get_raw_value(), variable.get_metadata()
-    kind, dtype = metadata.pop("thawed"), metadata.pop("thawed_dtype", value.dtype)
-    return kind.from_metadata(value if dtype == value.dtype else value.astype(dtype), metadata)
-
-
-def in_float32(value: Any) -> Any:
-    """Narrower floats in float32: updates of a small learning rate vanish in bfloat16."""
-    if not jnp.issubdtype(value.dtype, jnp.floating) or value.dtype == jnp.float32:
-        return value
-    if isinstance(value, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(value.shape, jnp.float32, sharding=value.sharding)
-    return value.astype(jnp.float32)

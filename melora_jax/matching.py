@@ -9,9 +9,10 @@ from flax import nnx
 
 from melora_jax.config import AdapterSpec, MELoRAConfig
 from melora_jax.graph import children, path_of, walk
-from melora_jax.layers import FrozenParam, MELoRADense
+from melora_jax.layers import MELoRADense
 from melora_jax.quantization import QuantizedLinear
 from melora_jax.selection import NamedModule, modules_to_save, require_patterns, select, spec_of
+from melora_jax.variables import FrozenParam
 from melora_jax.variants import layer_type
 
 LINEAR = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, QuantizedLinear)

@@ -11,19 +11,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from melora_jax import blocks
-from melora_jax.config import AdapterSpec
-from melora_jax.parallel import ParallelDot
+from melora_jax.config import AdapterSpec, Mixer
+from melora_jax.parallel import ParallelDot, at_own_part, own_part
 from melora_jax.quantization import QuantizedLinear
-from melora_jax.sharding import mesh_of
+from melora_jax.sharding import DATA, FSDP, TENSOR, batch_spec, mesh_of
+from melora_jax.slices import why_whole
 
 Precision = Any
+# The axis of a kernel along which a device's minis have only its own part over `tensor`; None: they have all of it.
+OwnAxis = int | None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def merged_product(
     x: Float[Array, "... d_in"],
     kernel: Float[Array, "d_in d_out"],
@@ -49,24 +53,36 @@ def merged_product(
     >>> merged_product(jnp.array([3.0, 5.0]), jnp.ones((2, 2)), one, one, spec).tolist()
     [11.0, 18.0]
     """
-    y = _dot(x, _formed(kernel, a, b, spec), precision)
+    return _product(x, kernel, a * blocks.scale_of(spec)[:, None, :], b, spec.mixer, precision, None)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _product(
+    x: Array, kernel: Array, a: Array, b: Array, mixer: Mixer, precision: Precision, own_axis: OwnAxis
+) -> Array:
+    """The same with the scale multiplied into `a`; inside a `shard_map` of one device's parts."""
+    y = _dot(x, _formed(kernel, a, b, mixer, own_axis), precision)
     return y.astype(jnp.promote_types(x.dtype, kernel.dtype))
 
 
-def _forward(x: Any, kernel: Any, a: Any, b: Any, spec: AdapterSpec, precision: Precision) -> tuple[Array, Any]:
-    return merged_product(x, kernel, a, b, spec, precision), (x, kernel, a, b)
+def _forward(
+    x: Any, kernel: Any, a: Any, b: Any, mixer: Mixer, precision: Precision, own_axis: OwnAxis
+) -> tuple[Array, Any]:
+    return _product(x, kernel, a, b, mixer, precision, own_axis), (x, kernel, a, b)
 
 
-def _backward(spec: AdapterSpec, precision: Precision, kept: Any, cotangent: Array) -> tuple[Array, ...]:
+def _backward(mixer: Mixer, precision: Precision, own_axis: OwnAxis, kept: Any, cotangent: Array) -> tuple[Array, ...]:
     x, kernel, a, b = kept
-    to_x = _dot(cotangent, _formed_transposed(kernel, a, b, spec), precision)
-    to_a, to_b = _to_factors(x.astype(a.dtype), a, b, cotangent.astype(a.dtype), spec)
+    to_x = _dot(cotangent, _formed_transposed(kernel, a, b, mixer, own_axis), precision)
+    read = own_part(x) if own_axis == 0 else x
+    written = own_part(cotangent) if own_axis == 1 else cotangent
+    to_a, to_b = _to_factors(read.astype(a.dtype), a, b, written.astype(a.dtype), mixer)
     # Of a frozen kernel nobody asks for it, and XLA leaves it out.
     to_kernel = _dot(x.reshape(-1, x.shape[-1]).T, cotangent.reshape(-1, cotangent.shape[-1]), precision)
     return to_x.astype(x.dtype), to_kernel.astype(kernel.dtype), to_a, to_b
 
 
-merged_product.defvjp(_forward, _backward)
+_product.defvjp(_forward, _backward)
 
 
 def _dot(x: Array, kernel: Array, precision: Precision) -> Array:
@@ -74,32 +90,42 @@ def _dot(x: Array, kernel: Array, precision: Precision) -> Array:
     return jnp.matmul(x.astype(wide), kernel.astype(wide), precision=precision)
 
 
-def _formed(kernel: Array, a: Array, b: Array, spec: AdapterSpec) -> Array:
+def _formed(kernel: Array, a: Array, b: Array, mixer: Mixer, own_axis: OwnAxis) -> Array:
     """W + ΔW."""
-    scale = blocks.scale_of(spec)
-    if spec.mixer == "identity":
-        return kernel + blocks.block_diagonal(_exact(a * scale[:, None, :], b))
-    return kernel + _exact(*blocks.packed_factors(a, b, scale, spec.mixer))
+    if mixer == "identity":
+        return kernel + _in_place(blocks.block_diagonal(_exact(a, b)), own_axis)
+    return kernel + _exact(*blocks.packed_factors(a, b, _ones(a), mixer))
 
 
-def _formed_transposed(kernel: Array, a: Array, b: Array, spec: AdapterSpec) -> Array:
+def _formed_transposed(kernel: Array, a: Array, b: Array, mixer: Mixer, own_axis: OwnAxis) -> Array:
     """(W + ΔW)ᵀ, from products of its own: XLA would keep the forward pass's copy for the backward pass."""
-    scale = blocks.scale_of(spec)
-    if spec.mixer == "identity":
-        return kernel.T + blocks.block_diagonal(_exact(b.swapaxes(1, 2), (a * scale[:, None, :]).swapaxes(1, 2)))
-    left, right = blocks.packed_factors(a, b, scale, spec.mixer)
+    if mixer == "identity":
+        transposed = blocks.block_diagonal(_exact(b.swapaxes(1, 2), a.swapaxes(1, 2)))
+        return kernel.T + _in_place(transposed, own_axis if own_axis is None else 1 - own_axis)
+    left, right = blocks.packed_factors(a, b, _ones(a), mixer)
     return kernel.T + _exact(right.T, left.T)
 
 
-def _to_factors(x: Array, a: Array, b: Array, cotangent: Array, spec: AdapterSpec) -> tuple[Array, Array]:
-    """The gradients of A and B: dA_k = s_k·(x_kᵀg_k)·B_kᵀ, dB_k = s_k·A_kᵀ·(x_kᵀg_k)."""
-    scale = blocks.scale_of(spec)
-    if spec.mixer == "identity" and _by_blocks(a, b):
+def _in_place(delta: Array, own_axis: OwnAxis) -> Array:
+    """This device's minis' ΔW, in its place along the axis."""
+    if own_axis is None:
+        return delta
+    return at_own_part(delta) if own_axis == 1 else at_own_part(delta.T).T
+
+
+def _to_factors(x: Array, a: Array, b: Array, cotangent: Array, mixer: Mixer) -> tuple[Array, Array]:
+    """The gradients of A and B: dA_k = (x_kᵀg_k)·B_kᵀ, dB_k = A_kᵀ·(x_kᵀg_k)."""
+    if mixer == "identity" and _by_blocks(a, b):
         n, i, _ = a.shape
         of_blocks = jnp.einsum("tni,tno->nio", x.reshape(-1, n, i), cotangent.reshape(-1, n, b.shape[2]))
-        return jax.vjp(lambda a, b: jnp.matmul(a * scale[:, None, :], b), a, b)[1](of_blocks)
+        return jax.vjp(jnp.matmul, a, b)[1](of_blocks)
     strategy = blocks.choose_strategy("auto", a.shape[0] * a.shape[2], jax.default_backend())
-    return jax.vjp(lambda a, b: blocks.apply(x, a, b, scale, spec.mixer, strategy), a, b)[1](cotangent)
+    return jax.vjp(lambda a, b: blocks.apply(x, a, b, _ones(a), mixer, strategy), a, b)[1](cotangent)
+
+
+def _ones(a: Array) -> np.ndarray:
+    """The scale of factors that it has been multiplied into."""
+    return np.ones((a.shape[0], a.shape[2]), np.float32)
 
 
 def _by_blocks(a: Array, b: Array) -> bool:
@@ -115,27 +141,66 @@ def _exact(left: Array, right: Array) -> Array:
     return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
 
 
-def why_unmergeable(base: Any) -> str | None:
+def why_unmergeable(base: Any, spec: AdapterSpec) -> str | None:
     """Why a layer's kernel and ΔW cannot be summed in a pass; None where they can."""
     if not isinstance(base, nnx.Linear | QuantizedLinear):
         return f"a {type(base).__name__} is no dense layer nnx.Linear"
-    if isinstance(base, nnx.Linear):
-        if not (base.dot_general is jax.lax.dot_general or isinstance(base.dot_general, ParallelDot)):
-            return "the layer has a dot_general of its own"
-        mesh = mesh_of(base.kernel.get_raw_value())
-        if mesh is not None and mesh.size > 1:
-            return "the kernel lies on a mesh"
-    return None
+    if isinstance(base, QuantizedLinear):
+        mesh = mesh_of(base.codes.get_raw_value())
+        return "its quantised kernel lies on a mesh" if mesh is not None and mesh.size > 1 else None
+    ours = isinstance(base.dot_general, ParallelDot)
+    if not (ours or base.dot_general is jax.lax.dot_general):
+        return "the layer has a dot_general of its own"
+    mesh = mesh_of(base.kernel.get_raw_value())
+    if mesh is None or mesh.size == 1:
+        return None
+    return why_unmergeable_on(mesh.abstract_mesh, base, spec) if ours else "the kernel lies on a mesh"
 
 
-def merged_output(base: Any, x: Array, a: Array, b: Array, spec: AdapterSpec) -> Array:
-    """The output of a dense layer with its adapter: x·(W + ΔW) + bias."""
+def why_unmergeable_on(mesh: AbstractMesh, base: Any, spec: AdapterSpec) -> str | None:
+    """Why a layer of ours can't on a mesh: its kernel would need minis that the device does not have."""
+    if isinstance(base, QuantizedLinear):
+        return "its quantised kernel lies on a mesh"
+    whole = None if base.dot_general.form(mesh) == "whole" else why_whole(spec, mesh.shape[TENSOR])
+    return whole and f"its kernel is cut over tensor, its minis are not, as {whole}"
+
+
+def merged_output(base: Any, x: Array, a: Array, b: Array, spec: AdapterSpec, mesh: AbstractMesh | None) -> Array:
+    """The output of a dense layer with its adapter, x·(W + ΔW) + bias; with a mesh, cut as the layer is on it."""
     bias: Any = None if base.bias is None else base.bias[...]
     y: Any
     if isinstance(base, nnx.Linear):
         x, kernel, bias = base.promote_dtype((x, base.kernel[...], bias), dtype=base.dtype)
-        y = merged_product(x, kernel, a, b, spec, base.precision)
+        dot: Any = base.dot_general
+        product = merged_product if mesh is None else functools.partial(_product_on_mesh, dot, mesh)
+        y = product(x, kernel, a, b, spec, base.precision)
         y = y if base.preferred_element_type is None else y.astype(base.preferred_element_type)
     else:
         y = merged_product(x.astype(base.dtype), base.kernel, a, b, spec)
     return y if bias is None else y + bias.astype(y.dtype)
+
+
+def _product_on_mesh(
+    dot: ParallelDot,
+    mesh: AbstractMesh,
+    x: Array,
+    kernel: Array,
+    a: Array,
+    b: Array,
+    spec: AdapterSpec,
+    precision: Precision,
+) -> Array:
+    """`merged_product`, each device summing its part of W with its own minis."""
+    form = dot.form(mesh)
+    own_axis = {"column": 0, "row": 1, "whole": None}[form]
+    along = PartitionSpec() if form == "whole" else PartitionSpec(TENSOR)
+
+    rows = tuple(axis for axis in (DATA, FSDP) if axis in jax.tree.leaves(tuple(batch_spec(x.shape, mesh))))
+
+    def local(x: Array, *weights: Array) -> Array:
+        # Their gradients differ from device to device, as the rows do; leaving the shard_map they are summed.
+        kernel, a, b = (jax.lax.pcast(weight, rows, to="varying") for weight in weights) if rows else weights
+        return _product(x, kernel, a, b, spec.mixer, precision, own_axis)
+
+    factors = a * blocks.scale_of(spec)[:, None, :], b
+    return dot.product_by(local, x, (kernel, *factors), (dot.kernel_spec(mesh), along, along))

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from melora_jax.graph import rewrite, walk
-from melora_jax.layers import BaseParam, FrozenParam, MELoRADense, thaw
+from melora_jax.layers import MELoRADense
 from melora_jax.quantization import QuantizedLinear
 from melora_jax.stacking import unstack_layers
 from melora_jax.surgery import CONFIG_ATTRIBUTE, adapters_of, config_of, require_live
+from melora_jax.variables import BaseParam, FrozenParam, thaw
 
 _log = logging.getLogger("melora_jax")
 

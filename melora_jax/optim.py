@@ -18,9 +18,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from melora_jax.checks import check_count
 from melora_jax.dropout import dropout_key
 from melora_jax.graph import path_of
-from melora_jax.layers import BaseParam, FrozenParam, MELoRAParam
 from melora_jax.rank_budget import RankBudget, within_budget
 from melora_jax.sharding import batch_sharding, constrain, mesh_of_tree, put, shardings_like, shardings_of, use_mesh
+from melora_jax.variables import BaseParam, FrozenParam, MELoRAParam
 
 Label = Literal["a", "b", "base", "head", "frozen"]
 Batch = Any

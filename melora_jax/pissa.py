@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from melora_jax.config import AdapterSpec, Strategy
-from melora_jax.layers import MELoRADense, StartParam
+from melora_jax.layers import MELoRADense
 from melora_jax.quantization import QuantizedLinear
 from melora_jax.starts import difference, difference_spec, from_kernel, principal_factors
 from melora_jax.update import Adapter
+from melora_jax.variables import StartParam
 from melora_jax.views import DenseView, refuse_mesh, unadaptable
 
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from melora_jax.layers import MELoRADense, MELoRAParam
+from melora_jax.layers import MELoRADense
+from melora_jax.variables import MELoRAParam
 
 
 def check_outputs_move(model: nnx.Module, layers: list[MELoRADense], probe: Any) -> None:

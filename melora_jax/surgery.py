@@ -17,13 +17,14 @@ from melora_jax.adaptation import Adaptation, Site
 from melora_jax.blocks import start_key
 from melora_jax.config import MELoRAConfig
 from melora_jax.graph import path_of, rewrite, walk
-from melora_jax.layers import BaseParam, FrozenParam, MELoRADense, MELoRAParam, freeze, in_float32, trained
+from melora_jax.layers import MELoRADense
 from melora_jax.matching import Plan, plan_sites
 from melora_jax.probing import check_outputs_move
 from melora_jax.serving import rank_note, served_rank
 from melora_jax.sharding import put
 from melora_jax.slices import factor_sharding, whole_notes
 from melora_jax.stacking import is_stacked, unstacked
+from melora_jax.variables import BaseParam, FrozenParam, MELoRAParam, freeze, in_float32, trained
 from melora_jax.variants import layer_type
 
 CONFIG_ATTRIBUTE = "melora_config"

@@ -24,7 +24,7 @@ FORMS = {"column": (ParallelDot(None, D_OUT), (None, "tensor")), "row": (Paralle
 ADAPTERS = {"MELoRA n=8 r=1": (8, 1), "LoRA r=8": (1, 8)}
 
 
-def layer_bytes(form: str, mesh: Mesh, n: int | None, r: int, dropout: float = 0.25) -> dict[str, int]:
+def layer_bytes(form: str, mesh: Mesh, n: int | None, r: int, **settings: Any) -> dict[str, int]:
     """A dense layer of ours, forward and backward, the input's gradient too; n=None is the base alone."""
     dot, axes = FORMS[form]
     linear = nnx.Linear(D_IN, D_OUT, rngs=nnx.Rngs(0), dot_general=dot)
@@ -34,7 +34,8 @@ def layer_bytes(form: str, mesh: Mesh, n: int | None, r: int, dropout: float = 0
         linear.kernel, linear.bias = nnx.Variable(linear.kernel[...]), nnx.Variable(linear.bias[...])
     else:
         model = nnx.Sequential(linear)
-        mj.adapt(model, mj.MELoRAConfig(n=n, r=r, dropout=dropout, targets="all-linear"), rngs=nnx.Rngs(0))
+        config = mj.MELoRAConfig(n=n, r=r, targets="all-linear", **({"dropout": 0.25} | settings))
+        mj.adapt(model, config, rngs=nnx.Rngs(0))
     graphdef, factors, rest = nnx.split(model, nnx.Param, ...)
 
     def value(factors: Any, x: jax.Array, rest: Any, key: jax.Array) -> jax.Array:
@@ -88,6 +89,9 @@ def table(folder: Path, mesh: Mesh) -> dict[str, dict[str, int]]:
     for form in FORMS:
         base = over("tensor", layer_bytes(form, mesh, None, 0))
         row = {"base": base}
+        row["MELoRA n=8 r=8 merged"] = (
+            over("tensor", layer_bytes(form, mesh, 8, 8, strategy="merged", dropout=0)) - base
+        )
         for name, (n, r) in ADAPTERS.items():
             row[name] = over("tensor", layer_bytes(form, mesh, n, r)) - base
             for strategy in ("batched", "packed"):

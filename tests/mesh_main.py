@@ -17,10 +17,11 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 import tiny_run
 from flax import nnx
 from mesh_bytes import table
-from mesh_runs import HEADS, TASKS, WHOLE, Run, adapted, compare, train, write_checkpoints
+from mesh_runs import HEADS, TASKS, WHOLE, Run, adapted, compare, distance, train, write_checkpoints
 
 import melora_jax as mj
 from melora_jax.dropout import dropout_key, keep_mask
@@ -38,9 +39,18 @@ def alone(folder: Path, family: str) -> Run:
 
 
 def check_whole(folder: Path, family: str, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """Full fine-tuning: every variable is trained."""
+    """Full fine-tuning: every variable is trained. Adam would make steps of full size of gradients that are almost
+    zero, so that after five steps entries are as far apart as the rounding of their gradients is large beside these."""
     changes = WHOLE | {"modules_to_save": {"bert": ["bert", "classifier"], "llama": ["model", "lm_head"]}[family]}
-    return compare(train(folder, family, mesh, **changes), train(folder, family, None, **changes))
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9))
+    run, other = (train(folder, family, where, tx=tx, **changes) for where in (mesh, None))
+    return compare(run, other) | {"moved": distance(other.losses[0], other.losses[-1])}
+
+
+def check_merged(folder: Path, family: str, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """The strategy merged on the mesh, beside batched on one device."""
+    strategies = {"merged": mesh, "batched": None}
+    return compare(*(train(folder, family, where, strategy=name, dropout=0.0) for name, where in strategies.items()))
 
 
 def check_quantized(folder: Path, qtype: str, family: str, mesh: jax.sharding.Mesh) -> dict[str, Any]:
@@ -132,6 +142,13 @@ def check_refusals(folder: Path, mesh: jax.sharding.Mesh) -> dict[str, str]:
         model(np.ones((4, 3), np.int32))
     except ValueError as error:
         said["not in force"] = str(error)
+    quantized = mj.from_pretrained(folder / "llama", task="causal-lm", mesh=mesh)
+    mj.quantize(quantized, "int8")
+    for key, base, n in (("merged", model, 3), ("merged int8", quantized, 4)):
+        try:
+            mj.adapt(base, mj.MELoRAConfig(n=n, targets=["q_proj"], strategy="merged"), rngs=nnx.Rngs(0))
+        except ValueError as error:
+            said[key] = str(error)
     for settings in ({"variant": "dora"}, {"variant": "adalora"}, {"init": "pissa"}):
         try:
             mj.adapt(model, mj.MELoRAConfig(n=2, r=2, targets=["q_proj"], **settings), rngs=nnx.Rngs(0))
@@ -174,6 +191,8 @@ def main(folder: Path, checks: list[str]) -> None:
             result: dict[str, Any] = table(folder, mesh)
         elif what.startswith(("nf4-", "int8-")):
             result = check_quantized(folder, *what.split("-"), mesh)
+        elif what.startswith("merged-"):
+            result = check_merged(folder, what.removeprefix("merged-"), mesh)
         elif what.startswith("whole-"):
             result = check_whole(folder, what.removeprefix("whole-"), mesh)
         elif what == "planned":

@@ -12,7 +12,7 @@ from decoder_fixtures import apply, checkpoint, padded, random_decoder, token_id
 from flax import nnx
 
 import melora_jax as mj
-from melora_jax.layers import MELoRAParam
+from melora_jax.variables import MELoRAParam
 
 
 def adapted(model, **changes):

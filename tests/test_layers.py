@@ -15,7 +15,7 @@ from flax import nnx
 
 import melora_jax as mj
 from melora_jax.config import AdapterSpec
-from melora_jax.layers import freeze, thaw
+from melora_jax.variables import freeze, thaw
 
 D_IN, D_OUT = 21, 15
 R, ALPHA = (1, 2, 3), (4.0, 8.0, 16.0)

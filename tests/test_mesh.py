@@ -16,6 +16,7 @@ SOME = ["bert:2,2,2", "bert:8,1,1", "llama:2,2,2", "llama:1,1,8", "deep:2,2,2"]
 REST = [f"{family}:{sizes}" for family in ("bert", "llama") for sizes in ("1,8,1", "4,2,1", "2,1,4", "1,2,4")]
 REST += ["bert:1,1,8", "llama:8,1,1"]
 QUANTIZED = {"int8-bert:2,2,2": 6, "nf4-deep:1,1,8": 3 * 7 - 2 * 3}
+MERGED = ["merged-bert:2,2,2", "merged-llama:2,2,2", "merged-bert:8,1,1"]
 WHOLE = ["whole-bert:2,2,2", "whole-llama:2,2,2"]
 # Tests compare two compilations of the same sums; neither has to be fast.
 FLAGS = "--xla_backend_optimization_level=0"
@@ -38,6 +39,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         tmp_path_factory.mktemp("mesh"),
         *SOME,
         *QUANTIZED,
+        *MERGED,
         "planned:2,2,2",
         "masks:2,2,2",
         "bytes:2,2,2",
@@ -68,13 +70,20 @@ def test_so_it_does_on_a_quantised_base(results: dict[str, Any], check: str) -> 
     assert results[check]["cut"] == QUANTIZED[check]
 
 
+@pytest.mark.parametrize("check", MERGED)
+def test_so_does_the_sum_of_kernel_and_update(results: dict[str, Any], check: str) -> None:
+    assert results[check]["losses"] < 1e-5
+    assert results[check]["state"] < 1e-5, results[check]["at"]
+    assert results[check]["untouched"]
+
+
 @pytest.mark.exhaustive
 def test_full_fine_tuning_does_too(tmp_path: Path) -> None:
-    """By losses and gradients, as Adam's moments have them; of one that is almost zero Adam makes a step of full size,
-    so that single entries of biases are as far apart as the rounding of their gradients is large beside these."""
+    """Losses, gradients, summed as momentum, and every parameter."""
     for result in run_checks(tmp_path, *WHOLE).values():
         assert result["losses"] < 1e-5
-        assert result["gradients"] < 1e-5
+        assert result["state"] < 1e-5, result["at"]
+        assert result["moved"] > 0.01
 
 
 @pytest.mark.exhaustive
@@ -116,6 +125,10 @@ def test_what_does_not_fit_a_mesh_is_said(results: dict[str, Any]) -> None:
             f"{key}='{word}' does not run on a mesh, where model/layers/0/self_attn/q_proj lies; take one device, or a "
             "plain adapter"
         )
+    place = 'strategy="merged" at model/layers/0/self_attn/q_proj: its '
+    whole = "kernel is cut over tensor, its minis are not, as n=3 is no multiple of tensor=2; use"
+    assert said["merged"].startswith(place + whole)
+    assert said["merged int8"].startswith(f"{place}quantised kernel lies on a mesh; use")
     note = "model/layers/0/self_attn/o_proj: factors whole on each device, as n=3 is no multiple of tensor=2"
     assert said["whole"] == note
 
@@ -124,7 +137,7 @@ def test_what_does_not_fit_a_mesh_is_said(results: dict[str, Any]) -> None:
 def test_a_layers_minis_send_nothing_over_tensor(results: dict[str, Any], form: str) -> None:
     sent = results["bytes:2,2,2"][form]
     assert sent["base"] > 0
-    assert sent["MELoRA n=8 r=1"] == 0
+    assert sent["MELoRA n=8 r=1"] == sent["MELoRA n=8 r=8 merged"] == 0
     assert sent["LoRA r=8"] > 0  # so the count sees what is there
     assert sent["MELoRA n=8 r=1 left to XLA, packed"] > 0
 

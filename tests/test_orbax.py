@@ -19,7 +19,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import melora_jax as mj
-from melora_jax.layers import FrozenParam
+from melora_jax.variables import FrozenParam
 
 # What a user without this library does: README.md's two lines, and every array written out by its path.
 SCRIPT = """
