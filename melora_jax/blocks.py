@@ -26,17 +26,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from melora_jax.config import AdapterSpec, Init, Mixer, Strategy
 from melora_jax.starts import orthogonal_factors
-
-# The packed form does n times the arithmetic of the batched one, in one wide product instead of n narrow ones.
-# Up to this many latents the width is worth it: measured on CPU; elsewhere one 128-wide matrix unit is assumed.
-PACKED_LATENTS = {"cpu": 32}
-PACKED_LATENTS_ELSEWHERE = 128
-# Above this many latents W + ΔW is formed instead, where that can be done (`merged_product`). On 2 CPU cores a layer's
-# passes over the base's alone (d = 384, 2,048 tokens), packed or batched against merged: n=8 r=1 1.30 : 1.31, n=32 r=1
-# 1.46 : 1.35, n=8 r=8 1.72 : 1.38, n=32 r=8 2.02 : 1.44. Not measured elsewhere, and so not taken there.
-MERGED_LATENTS = {"cpu": 16}
-# Below this many tokens (generation) forming W + ΔW costs more than it saves.
-MERGED_TOKENS = 256
+from melora_jax.strategies import unmerged
 
 
 def scale_of(spec: AdapterSpec) -> np.ndarray:
@@ -102,36 +92,6 @@ def mix(z: Shaped[Array, "... n r"], mixer: Mixer) -> Shaped[Array, "... n r"]:
     return z.reshape(*batch, n, n, r // n).swapaxes(-3, -2).reshape(z.shape)
 
 
-def choose_strategy(strategy: Strategy, latents: int, backend: str, mergeable: bool = False) -> Strategy:
-    """The strategy that `"auto"` stands for on a backend (`jax.default_backend()`); others are returned as they are.
-
-    Args:
-      strategy: what was asked for.
-      latents: n·r.
-      backend: where it shall run.
-      mergeable: whether W + ΔW can be formed at no loss.
-
-    >>> choose_strategy("auto", 8, "cpu"), choose_strategy("auto", 64, "cpu"), choose_strategy("auto", 64, "cpu", True)
-    ('packed', 'batched', 'merged')
-    """
-    if strategy != "auto":
-        return strategy
-    if mergeable and latents > MERGED_LATENTS.get(backend, latents):
-        return "merged"
-    return "packed" if latents <= PACKED_LATENTS.get(backend, PACKED_LATENTS_ELSEWHERE) else "batched"
-
-
-def merging_pays(tokens: int, d_in: int, o: int, n: int) -> bool:
-    """Whether forming the blocks of ΔW twice, for both passes, costs less than half of the two products that it saves.
-
-    r·d_in·o multiplications each time, against tokens·r·(d_in + n·o).
-
-    >>> merging_pays(2048, 384, 48, 8), merging_pays(2048, 4096, 4096, 1), merging_pays(1, 384, 48, 8)
-    (True, False, False)
-    """
-    return tokens >= max(MERGED_TOKENS, 4 * d_in * o // (d_in + n * o))
-
-
 def apply(
     x: Float[Array, "... d_in"],
     a: Float[Array, "n i r"],
@@ -154,11 +114,15 @@ def reduce(
 ) -> Float[Array, "... n r"]:
     """The latents of every mini, x_k·A_k."""
     n, i, r = a.shape
+    batch = x.shape[:-1]
     if mixer == "scatter":
         x = x[..., feature_order(n * i, 0)]
-    if strategy == "packed":
-        return (x @ block_diagonal(a)).reshape(*x.shape[:-1], n, r)
-    return jax.vmap(jnp.matmul, in_axes=(-2, 0), out_axes=-2)(x.reshape(*x.shape[:-1], n, i), a)
+    # One axis of rows: of several, XLA on CPU would lay x out anew for the gradient of A, transposed, and compute again
+    # in that order what made it (MiniLM, all linear layers adapted: 310 of 1,130 ms a step for six GELUs).
+    if unmerged(strategy, n * r, jax.default_backend()) == "packed":
+        return (x.reshape(-1, n * i) @ block_diagonal(a)).reshape(*batch, n, r)
+    z = jax.vmap(jnp.matmul, in_axes=(1, 0), out_axes=1)(x.reshape(-1, n, i), a)
+    return z.reshape(*batch, n, r)
 
 
 def look_up(
@@ -184,11 +148,11 @@ def expand(
     """From latents to the output: concat_k( (M·s·z)_k·B_k )."""
     n, r, o = b.shape
     z = mix(z * jnp.asarray(scale, z.dtype), mixer)
-    if strategy == "packed":
-        y = z.reshape(*z.shape[:-2], n * r) @ block_diagonal(b)
+    if unmerged(strategy, n * r, jax.default_backend()) == "packed":
+        y = z.reshape(-1, n * r) @ block_diagonal(b)
     else:
-        y = jax.vmap(jnp.matmul, in_axes=(-2, 0), out_axes=-2)(z, b)
-        y = y.reshape(*y.shape[:-2], n * o)
+        y = jax.vmap(jnp.matmul, in_axes=(1, 0), out_axes=1)(z.reshape(-1, n, r), b)
+    y = y.reshape(*z.shape[:-2], n * o)
     return y[..., np.argsort(feature_order(n * o, 1))] if mixer == "scatter" else y
 
 

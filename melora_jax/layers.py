@@ -29,6 +29,7 @@ from melora_jax.parallel import ParallelDot
 from melora_jax.quantization import QuantizedLinear
 from melora_jax.sharding import DATA, FSDP, active_mesh
 from melora_jax.slices import product_with_adapter
+from melora_jax.strategies import choose_strategy, merging_pays, unmerged
 from melora_jax.update import Adapter, attend_update, in_dtype_of, merged_kernel, update_of
 from melora_jax.variables import MELoRAParam, freeze
 from melora_jax.views import DenseView, checked_view, view_at_call, view_of
@@ -164,7 +165,7 @@ class MELoRADense(nnx.Module):
     def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         """The base layer's output plus the adapter's; further arguments go to the base layer."""
         mesh = self._own_mesh()
-        if self.strategy == "merged" and self._may_merge(x, mesh):
+        if self.strategy == "merged" and self._merges(x, mesh):
             return merged_output(self.base, x, *self.factors(), self.spec, mesh)
         if mesh is not None:
             return product_with_adapter(
@@ -192,7 +193,7 @@ class MELoRADense(nnx.Module):
         exact = why_not is None and isinstance(self.base, nnx.Linear) and self._in_float32()
         latents = self.product.spec.n * max(self.product.spec.r)
         mergeable = exact and self.spec.dropout == 0 and self.spec.mixer == "identity"  # else ΔW is a dense product
-        return blocks.choose_strategy(self.spec.strategy, latents, jax.default_backend(), mergeable)
+        return choose_strategy(self.spec.strategy, latents, jax.default_backend(), mergeable)
 
     def _in_float32(self) -> bool:
         computed = self.spec.dtype or self.base.dtype or self.base.param_dtype
@@ -202,11 +203,18 @@ class MELoRADense(nnx.Module):
         """The mesh in force, if the base is one of our layers and so cuts its product itself."""
         return active_mesh() if isinstance(getattr(self.base, "dot_general", None), ParallelDot) else None
 
-    def _may_merge(self, x: jax.Array, mesh: AbstractMesh | None) -> bool:
+    def _merges(self, x: jax.Array, mesh: AbstractMesh | None) -> bool:
         if mesh is not None and why_unmergeable_on(mesh, self.base, self.spec):
             return False
-        tokens = x.size // x.shape[-1] // (1 if mesh is None else mesh.shape[DATA] * mesh.shape[FSDP])
-        return self.spec.strategy == "merged" or blocks.merging_pays(tokens, x.shape[-1], self.b.shape[2], self.spec.n)
+        devices = 1 if mesh is None else mesh.shape[DATA] * mesh.shape[FSDP]
+        return self.strategy_for(x.size // x.shape[-1] // devices) == "merged"
+
+    def strategy_for(self, tokens: int) -> Strategy:
+        """What `strategy` stands for with so many tokens on a device: "auto" forms W + ΔW where that pays."""
+        a, b = self.a.shape, self.b.shape
+        if self.strategy != "merged" or self.spec.strategy == "merged" or merging_pays(tokens, a, b):
+            return self.strategy
+        return unmerged(self.strategy, a[0] * a[2], jax.default_backend())
 
     def _factors_for(self, y: jax.Array | jax.ShapeDtypeStruct) -> tuple[jax.Array, jax.Array]:
         """A and B in the dtype of the computation."""

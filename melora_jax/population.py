@@ -24,7 +24,6 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from melora_jax.blocks import choose_strategy
 from melora_jax.checks import check_count
 from melora_jax.dropout import adapter_dropout
 from melora_jax.graph import path_of, walk
@@ -32,6 +31,7 @@ from melora_jax.layers import MELoRADense
 from melora_jax.members import Members
 from melora_jax.optim import Batch, Loss, Metrics, TrainState, step_of
 from melora_jax.sharding import mesh_of_tree
+from melora_jax.strategies import choose_strategy
 from melora_jax.variables import FrozenParam, MELoRAParam
 
 Streams = Literal["shared", "own"]

@@ -54,7 +54,7 @@ def test_variants_take_turns(models, capsys, tmp_path, task):
     assert melora.facts["trainable"] == lora.facts["trainable"] > limit.facts["trainable"]
     assert limit.facts["flops"] == lora.facts["flops"] > 0
     assert all(row.facts["planned_bytes"] > 0 and row.facts["hlo_lines"] > 100 for row in record.rows)
-    assert melora.facts["strategy"] == "merged"
+    assert melora.facts["strategy"] == "batched"  # so few tokens
     assert lora.facts["strategy"] == "packed"
     shown = capsys.readouterr().out
     for row in record.rows:
@@ -178,7 +178,7 @@ def test_a_page_is_filled_from_its_results_and_keeps_its_prose(models, tmp_path,
         assert text.count("### Tiny") == text.count("![Tiny](speed/tiny.png)") == 1
         assert f"jax {jax.__version__}" in text
         assert run.machine["date"] in text
-        line = next(line for line in text.splitlines() if line.startswith("| MELoRA n=8 r=8 (merged)"))
+        line = next(line for line in text.splitlines() if line.startswith("| MELoRA n=8 r=8 (batched)"))
         assert f"| {run.records[0].ratio(run.records[0].rows[2]):.3f} |" in line
     page.write_text("<!-- bench other.json -->\n<!-- end -->\n")
     assert main(command) == 2

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from melora_jax import blocks
 from melora_jax.config import AdapterSpec
+from melora_jax.strategies import choose_strategy
 
 
 class Case(NamedTuple):
@@ -208,12 +209,28 @@ def test_an_embedding_is_the_one_hot_product(case: Case) -> None:
         np.testing.assert_allclose(embedded(weight), expected * weight[..., None], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("strategy", ["packed", "batched"])
+def test_gradients_sum_over_one_axis_of_rows(strategy: Any) -> None:
+    """Over two, XLA on CPU lays the input out anew and computes again, entry by entry, what it came from."""
+    x, a, b = jnp.ones((2, 5, 6)), jnp.ones((3, 2, 7)), jnp.ones((3, 7, 4))
+
+    def value(x: Any, a: Any, b: Any) -> Any:
+        return (blocks.apply(x, a, b, np.ones((3, 7), np.float32), strategy=strategy) ** 2).sum()
+
+    jaxpr = jax.make_jaxpr(jax.grad(value, (0, 1, 2)))(x, a, b)
+    products = [equation for equation in jaxpr.eqns if equation.primitive.name == "dot_general"]
+    assert len(products) == 6
+    for product in products:
+        contracted, _ = product.params["dimension_numbers"]
+        assert len(contracted[0]) == 1
+
+
 def test_auto_takes_packed_while_the_latents_fit_one_wide_product() -> None:
-    assert blocks.choose_strategy("auto", 32, "cpu") == "packed"
-    assert blocks.choose_strategy("auto", 33, "cpu") == "batched"
-    assert blocks.choose_strategy("auto", 128, "tpu") == "packed"
-    assert blocks.choose_strategy("auto", 129, "gpu") == "batched"
-    assert blocks.choose_strategy("batched", 1, "cpu") == "batched"
-    assert blocks.choose_strategy("auto", 16, "cpu", True) == "packed"
-    assert blocks.choose_strategy("auto", 17, "cpu", True) == "merged"
-    assert blocks.choose_strategy("auto", 129, "gpu", True) == "batched"  # not measured there
+    assert choose_strategy("auto", 32, "cpu") == "packed"
+    assert choose_strategy("auto", 33, "cpu") == "batched"
+    assert choose_strategy("auto", 128, "tpu") == "packed"
+    assert choose_strategy("auto", 129, "gpu") == "batched"
+    assert choose_strategy("batched", 1, "cpu") == "batched"
+    assert choose_strategy("auto", 1, "cpu", True) == "packed"
+    assert choose_strategy("auto", 2, "cpu", True) == "merged"
+    assert choose_strategy("auto", 129, "gpu", True) == "batched"  # not measured there

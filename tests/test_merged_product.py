@@ -16,7 +16,8 @@ import melora_jax as mj
 from melora_jax import blocks, raw
 from melora_jax.config import AdapterSpec
 from melora_jax.linen import adapt as adapt_linen
-from melora_jax.merged_product import _by_blocks, merged_product
+from melora_jax.merged_product import _by_blocks, _products_of_blocks, merged_product
+from melora_jax.strategies import MERGED_TOKENS
 
 D_IN, D_OUT = 30, 42
 SPECS = {
@@ -63,6 +64,15 @@ def test_value_and_gradients_are_the_products_with_the_sum(name: str) -> None:
 
     for found, expected in zip((to_a, to_b), jax.grad(projected, (0, 1))(a, b), strict=True):
         np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize(("most", "n"), [(2, 6), (4, 3), (1, 2)])
+def test_blocks_are_had_from_groups_of_columns(monkeypatch: pytest.MonkeyPatch, most: int, n: int) -> None:
+    monkeypatch.setattr("melora_jax.merged_product._GROUPS", most)
+    x, _, _, _, weight = arrays(SPECS["one"])
+    found = _products_of_blocks(x, weight, n)
+    sliced = [part.reshape(14, n, -1).astype(np.float64) for part in (x, weight)]
+    np.testing.assert_allclose(found, np.einsum("tni,tno->nio", *sliced), rtol=1e-5, atol=1e-5)
 
 
 def layers(spec: AdapterSpec, dtype: Any = jnp.float32) -> dict[str, Any]:
@@ -142,8 +152,8 @@ def test_auto_takes_it_for_many_latents_and_says_so() -> None:
     def strategy(**settings: Any) -> str:
         return mj.MELoRADense(48, 48, **({"n": 8, "r": 8} | settings), rngs=nnx.Rngs(0)).strategy
 
-    assert strategy() == "merged"
-    assert strategy(r=1) == "packed"
+    assert strategy() == strategy(r=1) == strategy(n=1) == "merged"
+    assert strategy(n=1, r=1) == "packed"
     assert strategy(dropout=0.1) == "batched"
     assert strategy(dtype=jnp.bfloat16) == "batched"
     assert strategy(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16) == "batched"
@@ -156,9 +166,20 @@ def test_few_tokens_do_not_form_the_sum_under_auto() -> None:
     layer = mj.MELoRADense(48, 48, n=8, r=8, rngs=nnx.Rngs(0))
     forms = {
         tokens: "custom_vjp_call" in str(jax.make_jaxpr(lambda x: layer(x))(jnp.ones((tokens, 48))))
-        for tokens in (1, blocks.MERGED_TOKENS - 1, blocks.MERGED_TOKENS)
+        for tokens in (1, MERGED_TOKENS - 1, MERGED_TOKENS)
     }
     assert list(forms.values()) == [False, False, True]
+    assert [layer.strategy_for(tokens) for tokens in (1, MERGED_TOKENS)] == ["batched", "merged"]
+
+
+@pytest.mark.parametrize(("n", "r", "other"), [(8, 1, "packed"), (8, 8, "batched")])
+def test_the_fewer_the_latents_the_more_tokens_it_takes(n: int, r: int, other: str) -> None:
+    """A layer of SmolLM2's width, with its 512 tokens a step and with four times as many."""
+    layer = mj.MELoRADense(576, 576, n=n, r=r, rngs=nnx.Rngs(0))
+    found = [layer.strategy_for(tokens) for tokens in (1, 512, 4 * 512)]
+    assert found == [other, "packed" if r == 1 else "merged", "merged"]
+    asked = mj.MELoRADense(576, 576, n=n, r=r, strategy="merged", rngs=nnx.Rngs(0))
+    assert asked.strategy_for(1) == "merged"
 
 
 def test_other_frameworks_refuse_it_where_they_are_configured() -> None:

@@ -119,7 +119,8 @@ def variants(bench: Bench, minis: Iterable[tuple[int, int]], detail: bool = True
 
     def ours(**settings: Any) -> Callable[[], Step]:
         whole = bench.targets == ("all-linear",)
-        all_linear: dict[str, Any] = {"targets": "all-linear", "exclude": ("classifier",)}
+        head = ("classifier",) if bench.task == "classification" else ()
+        all_linear: dict[str, Any] = {"targets": "all-linear", "exclude": head}
         where: dict[str, Any] = all_linear if whole else {"targets": bench.targets}
         return lambda: _jax_step(bench, parts, mj.MELoRAConfig(**(where | settings)))
 
@@ -170,9 +171,15 @@ def _jax_step(bench: Bench, parts: Any, config: mj.MELoRAConfig | None) -> Step:
         trace_seconds=traced - began,
         compile_seconds=done - traced,
         hlo_lines=len(str(compiled.as_text()).splitlines()),
-        strategy=sites[0].strategy if sites else None,
+        strategy=_strategy(model, bench.batch_size * bench.length) if sites else None,
     )
     return Step(advance, facts)
+
+
+def _strategy(model: Any, tokens: int) -> str:
+    """That of the first layer with an adapter."""
+    layers = (node for _, node in nnx.iter_graph(model) if isinstance(node, mj.MELoRADense))
+    return next(layers).strategy_for(tokens)
 
 
 _SERVE = "import sys, train.bench_steps as steps; steps.serve_torch(sys.argv[1])"

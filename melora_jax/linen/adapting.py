@@ -11,7 +11,6 @@ from flax import linen as nn
 from flax.core import meta
 
 from melora_jax.adaptation import Adaptation, Site
-from melora_jax.blocks import choose_strategy
 from melora_jax.checks import check_sizes
 from melora_jax.config import MELoRAConfig
 from melora_jax.linen.adapted import AdaptedModule
@@ -19,6 +18,7 @@ from melora_jax.linen.calls import called_modules
 from melora_jax.linen.site import LinenSite
 from melora_jax.linen.tree import flat_from_tree, is_inside, joined, size_of, tree_from_flat
 from melora_jax.selection import NamedModule, modules_to_save, require_factors_alone, require_patterns, select, spec_of
+from melora_jax.strategies import choose_strategy
 from melora_jax.views import unadaptable
 
 
