@@ -56,7 +56,7 @@ def adapt(model: nnx.Module, config: MELoRAConfig, *, rngs: nnx.Rngs, probe: Any
         effect. The message names the path and the remedy, and the model is left as it was.
 
     >>> model = nnx.Sequential(nnx.Linear(4, 6, rngs=nnx.Rngs(0)), nnx.relu)
-    >>> config = MELoRAConfig(n=2, r=1, targets="all-linear")
+    >>> config = MELoRAConfig(n=2, r=1, targets="all-linear", strategy="packed")
     >>> print(adapt(model, config, rngs=nnx.Rngs(0)))
     site      d_in  d_out  n  r  rank  parameters  strategy
     layers/0     4      6  2  1     2          10  packed

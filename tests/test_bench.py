@@ -67,14 +67,17 @@ def test_variants_take_turns(models, capsys, tmp_path, task):
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(("task", "layers"), [("classification", 6), ("causal-lm", 7)])
-def test_all_linear_leaves_out_the_head(models, task, layers):
+@pytest.mark.parametrize(("task", "layers", "others"), [("classification", 6, 1), ("causal-lm", 7, 0)])
+def test_all_linear_leaves_out_the_head(models, task, layers, others):
+    """Others: BERT's pooler."""
     bench = Bench(str(models / task), task, 2, 11, ("all-linear",), "float32")
     step = variants(bench, [(8, 1)])["MELoRA n=8 r=1"]()
     model = bench.load()
     depth = len(model.bert.encoder.layer if task == "classification" else model.model.layers)
-    adaptation = mj.adapt(model, mj.MELoRAConfig(n=8, r=1, targets=r".*/\d+/.*"), rngs=nnx.Rngs(0))
-    assert len(adaptation.sites) == depth * layers
+    adaptation = mj.adapt(
+        model, mj.MELoRAConfig(n=8, r=1, targets=r".*(query|key|value|dense|_proj)"), rngs=nnx.Rngs(0)
+    )
+    assert len(adaptation.sites) == depth * layers + others
     assert step.facts.trainable == adaptation.adapter
 
 

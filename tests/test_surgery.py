@@ -70,7 +70,7 @@ def test_overrides_give_each_site_its_own_shape() -> None:
 
 def test_the_report_counts_and_prints() -> None:
     model = tiny.Encoder()
-    adaptation = mj.adapt(model, tiny.config(r=[1, 2], exclude=["1.value"]), rngs=nnx.Rngs(0))
+    adaptation = mj.adapt(model, tiny.config(r=[1, 2], exclude=["1.value"], strategy="packed"), rngs=nnx.Rngs(0))
     assert str(adaptation) == (
         "site             d_in  d_out  n    r  rank  parameters  strategy\n"
         "layer/0,1/query     6     10  2  1,2     3      2 × 24  packed\n"
