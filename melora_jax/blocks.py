@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
+from melora_jax.block_diagonal import block_diagonal, block_diagonal_product
 from melora_jax.config import AdapterSpec, Init, Mixer, Strategy
 from melora_jax.starts import orthogonal_factors
 from melora_jax.strategies import unmerged
@@ -120,7 +121,7 @@ def reduce(
     # One axis of rows: of several, XLA on CPU would lay x out anew for the gradient of A, transposed, and compute again
     # in that order what made it (MiniLM, all linear layers adapted: 310 of 1,130 ms a step for six GELUs).
     if unmerged(strategy, n * r, jax.default_backend()) == "packed":
-        return (x.reshape(-1, n * i) @ block_diagonal(a)).reshape(*batch, n, r)
+        return block_diagonal_product(x.reshape(-1, n * i), a).reshape(*batch, n, r)
     z = jax.vmap(jnp.matmul, in_axes=(1, 0), out_axes=1)(x.reshape(-1, n, i), a)
     return z.reshape(*batch, n, r)
 
@@ -149,18 +150,11 @@ def expand(
     n, r, o = b.shape
     z = mix(z * jnp.asarray(scale, z.dtype), mixer)
     if unmerged(strategy, n * r, jax.default_backend()) == "packed":
-        y = z.reshape(-1, n * r) @ block_diagonal(b)
+        y = block_diagonal_product(z.reshape(-1, n * r), b)
     else:
         y = jax.vmap(jnp.matmul, in_axes=(1, 0), out_axes=1)(z.reshape(-1, n, r), b)
     y = y.reshape(*z.shape[:-2], n * o)
     return y[..., np.argsort(feature_order(n * o, 1))] if mixer == "scatter" else y
-
-
-def block_diagonal(blocks: Float[Array, "n p q"]) -> Float[Array, "np nq"]:
-    """The blocks laid out along the diagonal of one zero-filled matrix."""
-    n, p, q = blocks.shape
-    on_diagonal = jnp.eye(n, dtype=bool)[:, None, :, None]
-    return jnp.where(on_diagonal, blocks[:, :, None, :], 0).reshape(n * p, n * q)
 
 
 def packed_factors(

@@ -17,17 +17,17 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from melora_jax import blocks
+from melora_jax.block_diagonal import block_diagonal
 from melora_jax.config import AdapterSpec, Mixer
 from melora_jax.parallel import ParallelDot, at_own_part, own_part
 from melora_jax.quantization import QuantizedLinear
 from melora_jax.sharding import DATA, FSDP, TENSOR, batch_spec, mesh_of
 from melora_jax.slices import why_whole
-from melora_jax.strategies import choose_strategy
+from melora_jax.strategies import SUMMED_BY_COLUMNS, choose_strategy
 
 Precision = Any
 # The axis of a kernel along which a device's minis have only its own part over `tensor`; None: they have all of it.
 OwnAxis = int | None
-_GROUPS = 8  # products that the blocks of one layer are had from, at most
 
 
 def merged_product(
@@ -75,10 +75,10 @@ def _forward(
 
 def _backward(mixer: Mixer, precision: Precision, own_axis: OwnAxis, kept: Any, cotangent: Array) -> tuple[Array, ...]:
     x, kernel, a, b = kept
-    to_x = _dot(cotangent, _formed_transposed(kernel, a, b, mixer, own_axis), precision)
     read = own_part(x) if own_axis == 0 else x
     written = own_part(cotangent) if own_axis == 1 else cotangent
-    to_a, to_b = _to_factors(read.astype(a.dtype), a, b, written.astype(a.dtype), mixer)
+    to_a, to_b, zero = _to_factors(read.astype(a.dtype), a, b, written.astype(a.dtype), mixer)
+    to_x = _dot(cotangent, _formed_transposed(kernel, a, b, mixer, own_axis, zero), precision)
     # Of a frozen kernel nobody asks for it, and XLA leaves it out.
     to_kernel = _dot(x.reshape(-1, x.shape[-1]).T, cotangent.reshape(-1, cotangent.shape[-1]), precision)
     return to_x.astype(x.dtype), to_kernel.astype(kernel.dtype), to_a, to_b
@@ -95,14 +95,19 @@ def _dot(x: Array, kernel: Array, precision: Precision) -> Array:
 def _formed(kernel: Array, a: Array, b: Array, mixer: Mixer, own_axis: OwnAxis) -> Array:
     """W + ΔW."""
     if mixer == "identity":
-        return kernel + _in_place(blocks.block_diagonal(_exact(a, b)), own_axis)
+        return kernel + _in_place(block_diagonal(_exact(a, b)), own_axis)
     return kernel + _exact(*blocks.packed_factors(a, b, _ones(a), mixer))
 
 
-def _formed_transposed(kernel: Array, a: Array, b: Array, mixer: Mixer, own_axis: OwnAxis) -> Array:
-    """(W + ΔW)ᵀ, from products of its own: XLA would keep the forward pass's copy for the backward pass."""
+def _formed_transposed(
+    kernel: Array, a: Array, b: Array, mixer: Mixer, own_axis: OwnAxis, zero: Array | float
+) -> Array:
+    """(W + ΔW)ᵀ, from products of its own: XLA would keep the forward pass's copy for the backward pass.
+
+    `zero` is added to the blocks. One that is computed holds them back until it is.
+    """
     if mixer == "identity":
-        transposed = blocks.block_diagonal(_exact(b.swapaxes(1, 2), a.swapaxes(1, 2)))
+        transposed = block_diagonal(_exact(b.swapaxes(1, 2), a.swapaxes(1, 2)) + zero)
         return kernel.T + _in_place(transposed, own_axis if own_axis is None else 1 - own_axis)
     left, right = blocks.packed_factors(a, b, _ones(a), mixer)
     return kernel.T + _exact(right.T, left.T)
@@ -115,12 +120,16 @@ def _in_place(delta: Array, own_axis: OwnAxis) -> Array:
     return at_own_part(delta) if own_axis == 1 else at_own_part(delta.T).T
 
 
-def _to_factors(x: Array, a: Array, b: Array, cotangent: Array, mixer: Mixer) -> tuple[Array, Array]:
-    """The gradients of A and B: dA_k = (x_kᵀg_k)·B_kᵀ, dB_k = A_kᵀ·(x_kᵀg_k)."""
+def _to_factors(x: Array, a: Array, b: Array, cotangent: Array, mixer: Mixer) -> tuple[Array, Array, Array | float]:
+    """The gradients of A and B, dA_k = (x_kᵀg_k)·B_kᵀ and dB_k = A_kᵀ·(x_kᵀg_k); and a zero that is had with them."""
     if mixer == "identity" and _by_blocks(a, b):
-        return jax.vjp(jnp.matmul, a, b)[1](_products_of_blocks(x, cotangent, len(a)))
+        products = _products_of_blocks(x, cotangent, len(a))
+        # XLA on CPU does first what needs nothing: all layers' (W + ΔW)ᵀ at once, and keeps them (SmolLM2, n=8 r=8, all
+        # linear layers: 2,118 MB for 1,748). What is no number has no gradient either.
+        to_a, to_b = jnp.einsum("nio,nro->nir", products, b), jnp.einsum("nir,nio->nro", a, products)
+        return to_a, to_b, (products - products).swapaxes(1, 2)
     strategy = choose_strategy("auto", a.shape[0] * a.shape[2], jax.default_backend())
-    return jax.vjp(lambda a, b: blocks.apply(x, a, b, _ones(a), mixer, strategy), a, b)[1](cotangent)
+    return *jax.vjp(lambda a, b: blocks.apply(x, a, b, _ones(a), mixer, strategy), a, b)[1](cotangent), 0.0
 
 
 def _ones(a: Array) -> np.ndarray:
@@ -134,31 +143,39 @@ def _products_of_blocks(x: Array, cotangent: Array, n: int) -> Array:
     i, o = x.shape[1] // n, cotangent.shape[1] // n
     if jax.default_backend() != "cpu":
         return jnp.einsum("tni,tno->nio", x.reshape(-1, n, i), cotangent.reshape(-1, n, o))
-    # XLA on CPU would transpose both, for an axis of blocks; columns it takes as they lie.
-    groups = max(count for count in range(1, _GROUPS + 1) if n % count == 0)
-    count = n // groups
-    on_diagonal = np.eye(count, dtype=bool)[:, None, :, None]
+    # XLA on CPU would transpose both, for an axis of blocks; columns it takes as they lie. The narrower stands on the
+    # left, which is dearer to pack (1536 by 384: 4.7 : 3.0 ms).
+    return _by_columns(x, cotangent, n) if i <= o else _by_columns(cotangent, x, n).swapaxes(1, 2)
 
-    def of_group(number: Array) -> Array:
-        columns = [
-            jax.lax.dynamic_slice_in_dim(array, number * count * width, count * width, axis=1)
-            for array, width in ((x, i), (cotangent, o))
-        ]
-        product = (columns[0].T @ columns[1]).reshape(count, i, count, o)
-        return jnp.where(on_diagonal, product, 0).sum(2)
 
-    return jax.lax.map(of_group, jnp.arange(groups)).reshape(n, i, o)
+def _by_columns(left: Array, right: Array, n: int) -> Array:
+    """left_kᵀ·right_k of each of n blocks, one after another, `[n, columns of left / n, columns of right / n]`."""
+
+    def of_block(k: Array, _: None) -> tuple[Array, Array]:
+        return k + 1, _columns(left, k, n).T @ _columns(right, k, n)
+
+    return jax.lax.scan(of_block, jnp.int32(0), length=n)[1]
+
+
+def _columns(array: Array, k: Array, n: int) -> Array:
+    """The k-th of n slices of the columns."""
+    rows, width = array.shape[0], array.shape[1] // n
+    return jax.lax.dynamic_slice(array, (0, k * width), (rows, width), allow_negative_indices=False)
 
 
 def _by_blocks(a: Array, b: Array) -> bool:
     """Whether the blocks x_kᵀg_k, d_in·d_out / n multiplications a token, cost less than products with n·r latents.
 
-    Those, n·r·(d_in + d_out) packed, count three times, being so narrow. Measured on two CPU cores by MiniLM's step,
-    all linear layers adapted, over the frozen limit, blocks : latents: n=4 r=1 1.18 : 1.13, n=8 r=1 1.13 : 1.14, n=2
-    r=8 1.33 : 1.17, n=4 r=8 1.19 : 1.24, n=16 r=1 1.11 : 1.15, n=8 r=8 1.16 : 1.82.
+    Those, n·r·(d_in + d_out) packed, count three times, being so narrow, and a quarter where r is 1, being half as many
+    and one pass over x and g each (`block_diagonal_product`). Measured on two CPU cores by MiniLM's step, all linear
+    layers adapted, over the frozen limit, blocks : latents: n=4 r=1 1.15 : 1.06, n=8 r=1 1.17 : 1.07, n=16 r=1 1.11 :
+    1.07, n=32 r=1 1.14 : 1.15 (1.12 by this rule); n=2 r=8 1.33 : 1.17, n=4 r=8 1.19 : 1.24, n=8 r=8 1.16 : 1.82.
     """
     (n, i, r), o = a.shape, b.shape[2]
-    return i * o <= 3 * n * r * (i + o)
+    backend = jax.default_backend()
+    thin = r == 1 and backend in SUMMED_BY_COLUMNS and choose_strategy("auto", n, backend) == "packed"
+    weight = 0.25 if thin else 3
+    return i * o <= weight * n * r * (i + o)
 
 
 def _exact(left: Array, right: Array) -> Array:

@@ -12,6 +12,9 @@ PACKED_LATENTS_ELSEWHERE = 128
 # step, all linear layers adapted, over the frozen limit, packed : merged: n=1 r=1 1.01 : 1.03, n=1 r=8 1.19 : 1.15, n=8
 # r=1 1.18 : 1.14, n=32 r=1 1.32 : 1.14, n=8 r=8 1.46 : 1.16. Not measured elsewhere, and so not taken there.
 MERGED_LATENTS = {"cpu": 1}
+# Where the gradient of a factor of rank 1 is a sum over rows, column by column, in place of a product of which all but
+# the diagonal blocks are thrown away.
+SUMMED_BY_COLUMNS = ("cpu",)
 # Below this many tokens (generation) forming W + ΔW costs more than it saves.
 MERGED_TOKENS = 256
 
@@ -50,7 +53,8 @@ def merging_pays(tokens: int, a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     Two things are to be weighed against the latter's tokens·r·(d_in + d_out) multiplications, in both passes: r·d_in·o
     for the blocks of ΔW, of which at most a quarter may go there; and W itself, which is read and written however few
     the latents are. SmolLM2's step (512 tokens), all linear layers adapted, over the frozen limit, packed : merged: n=8
-    r=1 1.08 : 1.12, n=8 r=8 1.22 : 1.17; MiniLM's (2,048 tokens) stands at `MERGED_LATENTS`.
+    r=1 1.07 : 1.09, n=32 r=1 1.10 : 1.12, n=8 r=8 1.22 : 1.17; MiniLM's (2,048 tokens): n=4 r=1 1.11 : 1.08, n=8 r=1
+    1.13 : 1.06, n=32 r=1 1.24 : 1.14.
 
     Args:
       tokens: rows of the product.
@@ -61,5 +65,7 @@ def merging_pays(tokens: int, a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     """
     (n, i, r), o = a, b[2]
     d_in, d_out = n * i, n * o
-    to_form_blocks, to_form_sum = 4 * d_in * o // (d_in + d_out), 24 * d_in * d_out // (d_in + d_out) // (n * r)
-    return tokens >= max(MERGED_TOKENS, to_form_blocks, to_form_sum)
+    to_form_blocks, to_form_sum = 4 * d_in * o // (d_in + d_out), d_in * d_out // (d_in + d_out)
+    # Products with fewer latents than the processor's registers hold cost no less; of rank 1 there are fewer of them.
+    weight, latents = (96, max(n, 16)) if r == 1 and n <= PACKED_LATENTS["cpu"] else (24, n * r)
+    return tokens >= max(MERGED_TOKENS, to_form_blocks, weight * to_form_sum // latents)

@@ -178,7 +178,7 @@ def test_freezing_keeps_the_value_the_metadata_and_the_type() -> None:
 @pytest.mark.parametrize(("mixer", "r"), [("identity", 1), ("shuffle", 32)])
 def test_the_compiled_size_does_not_grow_with_n(mixer: Any, r: int, strategy: Any) -> None:
     lowered, compiled = [], []
-    for n in (8, 16, 32) if strategy == "merged" else (2, 8, 32):  # with few minis merged takes another way
+    for n in (16, 32) if strategy == "merged" else (2, 8, 32):  # with few minis merged takes another way
         layer = mj.MELoRADense(64, 96, n=n, r=r, mixer=mixer, strategy=strategy, rngs=nnx.Rngs(0))
         graphdef, trainable, rest = nnx.split(layer, nnx.Param, ...)
 
@@ -188,5 +188,5 @@ def test_the_compiled_size_does_not_grow_with_n(mixer: Any, r: int, strategy: An
         traced = jax.jit(jax.value_and_grad(loss)).lower(trainable, rest, jnp.ones((4, 64)))
         lowered.append(len(traced.as_text().splitlines()))
         compiled.append(len(str(traced.compile().as_text()).splitlines()))
-    assert max(lowered) <= min(lowered) + 2 < 200  # 32 minis are four a group
+    assert max(lowered) == min(lowered) < 200
     assert max(compiled) <= 1.1 * min(compiled)

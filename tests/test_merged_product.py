@@ -66,13 +66,12 @@ def test_value_and_gradients_are_the_products_with_the_sum(name: str) -> None:
         np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize(("most", "n"), [(2, 6), (4, 3), (1, 2)])
-def test_blocks_are_had_from_groups_of_columns(monkeypatch: pytest.MonkeyPatch, most: int, n: int) -> None:
-    monkeypatch.setattr("melora_jax.merged_product._GROUPS", most)
+@pytest.mark.parametrize(("n", "flipped"), [(2, False), (3, True), (6, False), (1, True)])
+def test_the_blocks_of_a_product_are_had_from_columns(n: int, flipped: bool) -> None:
     x, _, _, _, weight = arrays(SPECS["one"])
-    found = _products_of_blocks(x, weight, n)
-    sliced = [part.reshape(14, n, -1).astype(np.float64) for part in (x, weight)]
-    np.testing.assert_allclose(found, np.einsum("tni,tno->nio", *sliced), rtol=1e-5, atol=1e-5)
+    given = (weight, x) if flipped else (x, weight)
+    sliced = [part.reshape(14, n, -1).astype(np.float64) for part in given]
+    np.testing.assert_allclose(_products_of_blocks(*given, n), np.einsum("tni,tno->nio", *sliced), rtol=1e-5, atol=1e-5)
 
 
 def layers(spec: AdapterSpec, dtype: Any = jnp.float32) -> dict[str, Any]:
