@@ -122,7 +122,8 @@ class MELoRAConfig:
       mixer: `"identity"` MELoRA, `"all"` LoRA of rank r, `"shuffle"` GraLoRA, `"scatter"` MELoRA whose minis get the
         features in a fixed random order: the control for whether it matters which features a mini reads and writes.
       strategy: how the product is computed: `"batched"`, `"packed"`, `"merged"` (W + ΔW is formed in each pass: for
-        dense layers of NNX models, without dropout), or `"auto"`. All give the same result.
+        dense layers of NNX models, without dropout), or `"auto"`. All give the same result. `"batched"` alone has a
+        derivative in forward mode (`jax.jvp`) wherever it runs.
       targets: name suffixes (`["query", "value"]`), one regular expression matched against the whole path, or
         `"all-linear"` but for a language model's output layer (PEFT: `target_modules`). Empty puts no adapter in.
       exclude: suffixes or one regular expression of layers to leave alone (PEFT: `exclude_modules`).
