@@ -25,8 +25,8 @@ def block_diagonal_product(x: Float[Array, "t np"], blocks: Float[Array, "n p q"
 
     Args:
       x: rows, of the blocks' dtype.
-      blocks: the blocks. Of blocks of one row or one column each, on CPU, the gradient is not differentiated in
-        forward mode (`jax.jvp`), being one of our own.
+      blocks: the blocks. Where each is one row or one column, the product has no forward-mode derivative (`jax.jvp`)
+        on CPU.
 
     >>> block_diagonal_product(jnp.array([[3.0, 5.0]]), jnp.array([[[1.0, 2.0]], [[3.0, 4.0]]])).tolist()
     [[3.0, 6.0, 15.0, 20.0]]
