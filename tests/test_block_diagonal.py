@@ -69,7 +69,7 @@ def test_members_of_a_population_have_gradients_of_their_own(shape: tuple[int, i
 
 @pytest.mark.parametrize("shape", SHAPES[1:4])
 def test_rows_cut_over_a_mesh_sum_their_gradients(shape: tuple[int, int, int]) -> None:
-    """Blocks that no axis varies along, of rows that one does: what `shard_map` itself would check of a product."""
+    """Blocks that no axis varies along, of rows that one does."""
     x, blocks, cotangent = drawn(*shape)
     mesh, rows = Mesh(np.array(jax.devices()[:1]), "data"), PartitionSpec("data")
 
