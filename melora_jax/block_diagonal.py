@@ -53,7 +53,7 @@ def _backward(kept: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array
     x, blocks = kept
     n, p, q = blocks.shape
     rows, columns = x.reshape(-1, n, p), cotangent.reshape(-1, n, q)
-    # One of the two is a number a block, which is broadcast. In four axes XLA on CPU takes a third longer for a step.
+    # One of the two is a number a block, which is broadcast. In four axes a step took 1.4 to 1.7 times as long on CPU.
     to_blocks = (rows.astype(jnp.float32) * columns.astype(jnp.float32)).sum(0).reshape(blocks.shape)
     return cotangent @ block_diagonal(blocks).T, to_blocks.astype(blocks.dtype)
 

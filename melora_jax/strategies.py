@@ -10,7 +10,7 @@ PACKED_LATENTS = {"cpu": 32}
 PACKED_LATENTS_ELSEWHERE = 128
 # Above this many latents W + ΔW is formed instead, where that can be done (`merged_product`). On 2 CPU cores MiniLM's
 # step, all linear layers adapted, over the frozen limit, packed : merged: n=1 r=1 1.01 : 1.03, n=1 r=8 1.19 : 1.15, n=8
-# r=1 1.18 : 1.14, n=32 r=1 1.32 : 1.14, n=8 r=8 1.46 : 1.16. Not measured elsewhere, and so not taken there.
+# r=8 1.46 : 1.16; of rank 1 see `merging_pays`. Not measured elsewhere, and so not taken there.
 MERGED_LATENTS = {"cpu": 1}
 # Where the gradient of a factor of rank 1 is a sum over rows, column by column, in place of a product of which all but
 # the diagonal blocks are thrown away.
