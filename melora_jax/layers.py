@@ -33,6 +33,7 @@ from melora_jax.strategies import choose_strategy, merging_pays, unmerged
 from melora_jax.update import Adapter, attend_update, in_dtype_of, merged_kernel, update_of
 from melora_jax.variables import MELoRAParam, freeze
 from melora_jax.views import DenseView, checked_view, view_at_call, view_of
+from melora_jax.whole_sum import whole_sum
 
 
 class MELoRADense(nnx.Module):
@@ -172,8 +173,10 @@ class MELoRADense(nnx.Module):
                 self.base, mesh, x, self._factors_for, self.scale, self.product.spec, self.strategy, self.path
             )
         y = self.base(x, *args, **kwargs)
-        view = self._view_for_call(*args, **kwargs)
-        return y + update_of(self.product, view, x, y, *self.factors())
+        update = update_of(self.product, self._view_for_call(*args, **kwargs), x, y, *self.factors())
+        # A bias is a third term, with which it would cost two to five per cent; and one latent's product is not kept.
+        whole = getattr(self.base, "bias", y) is None and self.a.shape[0] * self.a.shape[2] > 1
+        return whole_sum(y, update) if whole else y + update
 
     def _chosen_strategy(self) -> Strategy:
         """What the layer's strategy stands for.

@@ -12,9 +12,6 @@ PACKED_LATENTS_ELSEWHERE = 128
 # step, all linear layers adapted, over the frozen limit, packed : merged: n=1 r=1 1.01 : 1.03, n=1 r=8 1.19 : 1.15, n=8
 # r=8 1.46 : 1.16; of rank 1 see `merging_pays`. Not measured elsewhere, and so not taken there.
 MERGED_LATENTS = {"cpu": 1}
-# Where the gradient of a factor of rank 1 is a sum over rows, column by column, in place of a product of which all but
-# the diagonal blocks are thrown away.
-SUMMED_BY_COLUMNS = ("cpu",)
 # Below this many tokens (generation) forming W + ΔW costs more than it saves.
 MERGED_TOKENS = 256
 
@@ -47,6 +44,17 @@ def unmerged(strategy: Strategy, latents: int, backend: str) -> Strategy:
     return strategy if strategy != "merged" else choose_strategy("auto", latents, backend)
 
 
+def sums_columns(n: int, r: int, backend: str) -> bool:
+    """Whether `packed` has the gradients of its factors as sums over rows, column by column.
+
+    So it is for minis of rank 1 on CPU, in place of a product of which all but the diagonal blocks are thrown away.
+
+    >>> sums_columns(8, 1, "cpu"), sums_columns(8, 2, "cpu"), sums_columns(8, 1, "gpu"), sums_columns(64, 1, "cpu")
+    (True, False, False, False)
+    """
+    return backend == "cpu" and r == 1 and n <= PACKED_LATENTS[backend]
+
+
 def merging_pays(tokens: int, a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     """Whether W + ΔW is formed for less than the products with the latents that it saves.
 
@@ -67,5 +75,5 @@ def merging_pays(tokens: int, a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     d_in, d_out = n * i, n * o
     to_form_blocks, to_form_sum = 4 * d_in * o // (d_in + d_out), d_in * d_out // (d_in + d_out)
     # Products with fewer latents than the processor's registers hold cost no less; of rank 1 there are fewer of them.
-    weight, latents = (96, max(n, 16)) if r == 1 and n <= PACKED_LATENTS["cpu"] else (24, n * r)
+    weight, latents = (96, max(n, 16)) if sums_columns(n, r, "cpu") else (24, n * r)
     return tokens >= max(MERGED_TOKENS, to_form_blocks, weight * to_form_sum // latents)
