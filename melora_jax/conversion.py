@@ -10,7 +10,8 @@ from flax import nnx
 
 from melora_jax.adapter_tree import AdapterTree
 from melora_jax.adapters import import_peft, load_adapter, peft_host, provenance_of
-from melora_jax.arithmetic import Approximation, compress
+from melora_jax.approximation import Approximation
+from melora_jax.arithmetic import compress
 from melora_jax.difference import compress_difference
 from melora_jax.inspection import read_any
 from melora_jax.interchange import TENSOR_FILE, write_adapter

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from melora_jax.adapter_tree import config_of_sites
-from melora_jax.arithmetic import Approximation, compress_deltas
+from melora_jax.approximation import Approximation
+from melora_jax.arithmetic import compress_deltas
 from melora_jax.models.checkpoint import checkpoint_source, config_of, open_tensors, tensor_files
 from melora_jax.models.families import Family, family_of, flax_from_torch
 from melora_jax.patterns import is_suffix

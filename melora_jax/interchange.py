@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from melora_jax.adapter_tree import FORMAT_VERSION, AdapterTree, SiteFactors, extra_shapes
+from melora_jax.atomic import atomic_folder
 from melora_jax.config import AdapterSpec, MELoRAConfig
 from melora_jax.model_card import Provenance, write_card
-from melora_jax.storage import TensorFile, atomic_folder, read_json, write_tensors
+from melora_jax.storage import TensorFile, read_json, write_tensors
 
 CONFIG_FILE = "melora_config.json"
 TENSOR_FILE = "melora_adapter.safetensors"

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from melora_jax.adapters import adapter_tree
+from melora_jax.atomic import atomic_folder
 from melora_jax.graph import path_of
 from melora_jax.interchange import CONFIG_FILE, write_json
 from melora_jax.merging import merge
 from melora_jax.stacking import unstacked
-from melora_jax.storage import atomic_folder
 from melora_jax.surgery import adapters_of, require_live
 from melora_jax.variables import FrozenParam
 

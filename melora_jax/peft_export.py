@@ -20,13 +20,14 @@ from typing import Any, Literal
 import numpy as np
 
 from melora_jax.adapter_tree import AdapterTree, SiteFactors
+from melora_jax.atomic import atomic_folder
 from melora_jax.interchange import CONFIG_FILE, write_json
 from melora_jax.linear import as_plain
 from melora_jax.model_card import Provenance, write_card
 from melora_jax.peft_config import PEFT_CONFIG, PEFT_TASKS
 from melora_jax.plain import plain_factors, rounding_of
 from melora_jax.serving import rank_note, served_rank
-from melora_jax.storage import atomic_folder, write_tensors
+from melora_jax.storage import write_tensors
 
 logger = logging.getLogger("melora_jax")
 

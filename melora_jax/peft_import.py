@@ -5,10 +5,8 @@ A folder that `write_peft` wrote comes back bit for bit, as long as its tensors 
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,30 +14,13 @@ import numpy as np
 
 from melora_jax.adapter_tree import AdapterTree, SiteFactors, config_of_sites
 from melora_jax.config import AdapterSpec
-from melora_jax.interchange import CONFIG_FILE, Facts, read_facts, require_finite
+from melora_jax.interchange import CONFIG_FILE, Facts, read_facts
 from melora_jax.models.families import flax_from_torch
 from melora_jax.peft_config import PeftSettings, read_settings
-from melora_jax.peft_export import PEFT_TENSORS, PREFIX
+from melora_jax.peft_tensors import StoredSite, read_tensors, sort_tensors
 from melora_jax.plain import factors_from_plain, latents_of_minis, plain_factors, restored
-from melora_jax.storage import TensorFile
-from melora_jax.torch_archive import read_torch_archive
 
 logger = logging.getLogger("melora_jax")
-
-PICKLED_TENSORS = "adapter_model.bin"
-_FACTOR = re.compile(r"(?P<site>.+)\.lora_(?P<lookup>embedding_)?(?P<side>[AB])(\.(?P<mini>\d+|default))?(\.weight)?")
-
-
-_MAGNITUDE = re.compile(r"(?P<site>.+)\.lora_magnitude_vector(\.default)?(\.weight)?")
-
-
-@dataclasses.dataclass
-class _Site:
-    """The factors of one site as they lie in the file, by side ("A" or "B") and mini ("" where there are none)."""
-
-    lookup: bool
-    magnitude: np.ndarray | None = None
-    factors: dict[tuple[str, str], np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def read_peft(folder: str | Path) -> AdapterTree:
@@ -56,8 +37,8 @@ def read_peft(folder: str | Path) -> AdapterTree:
     """
     folder = Path(folder)
     settings = read_settings(folder)
-    file, tensors = _tensors(folder)
-    sites, others = _sorted(tensors, file)
+    file, tensors = read_tensors(folder)
+    sites, others = sort_tensors(tensors, file)
     saved = _saved(others, settings, file)
     if (folder / CONFIG_FILE).is_file():
         facts = read_facts(folder / CONFIG_FILE)
@@ -71,61 +52,9 @@ def read_peft(folder: str | Path) -> AdapterTree:
     return AdapterTree(config, found, saved, settings.base_model, settings.task)
 
 
-def _tensors(folder: Path) -> tuple[Path, dict[str, np.ndarray]]:
-    """The file that holds the tensors, and them: without PEFT's prefix, floating and finite, as float32."""
-    file = folder / PEFT_TENSORS
-    if file.is_file():
-        with TensorFile(file) as stored:
-            tensors = {key: stored.read(key) for key in stored.keys()}
-    elif (folder / PICKLED_TENSORS).is_file():
-        file = folder / PICKLED_TENSORS
-        tensors = read_torch_archive(file)
-    else:
-        raise FileNotFoundError(f"{folder} is no PEFT adapter: it has neither {PEFT_TENSORS} nor {PICKLED_TENSORS}")
-    for key, value in tensors.items():
-        if not key.startswith(PREFIX):
-            raise ValueError(f"{file}: {key} does not begin with {PREFIX!r}, as PEFT's names do; is it another's file?")
-        if value.dtype.kind not in "fV" or value.dtype.itemsize > 4:  # bfloat16 is of kind V
-            raise ValueError(f"{file}: {key} is {value.dtype}; convert it to float32, float16 or bfloat16 first")
-    require_finite(tensors, file)
-    return file, {key.removeprefix(PREFIX): value.astype(np.float32) for key, value in tensors.items()}
-
-
-def _sorted(tensors: Mapping[str, np.ndarray], file: Path) -> tuple[dict[str, _Site], dict[str, np.ndarray]]:
-    """The tensors that are factors by their site's path, and the others by their name."""
-    sites: dict[str, _Site] = {}
-    others: dict[str, np.ndarray] = {}
-    magnitudes: dict[str, np.ndarray] = {}
-    for key, value in tensors.items():
-        if norms := _MAGNITUDE.fullmatch(key):
-            magnitudes[norms["site"].replace(".", "/")] = value
-            continue
-        if ".original_module." in key:
-            continue  # with bias="all" PEFT writes a saved module's bias as it was before training too
-        found = _FACTOR.fullmatch(key)
-        if found is None:
-            others[re.sub(r"\.modules_to_save(\.default)?(?=\.)", "", key)] = value
-            continue
-        path, mini = found["site"].replace(".", "/"), found["mini"] or ""
-        side = (found["side"], "" if mini == "default" else mini)
-        site = sites.setdefault(path, _Site(lookup=found["lookup"] is not None))
-        if side in site.factors:
-            raise ValueError(f"{file} holds lora_{side[0]} of {path} twice; remove one of them")
-        if value.ndim != 2:
-            raise ValueError(f"{file}: {key} has shape {list(value.shape)}; a factor is a matrix")
-        site.factors[side] = value
-    if not sites:
-        raise ValueError(f"{file} holds no lora_A and lora_B; it is not an adapter of LoRA's kind")
-    for path, magnitude in magnitudes.items():
-        if path not in sites:
-            raise ValueError(
-                f"{file} holds norms of {path}, and no lora_A and lora_B beside them; save the adapter again"
-            )
-        sites[path].magnitude = magnitude.reshape(-1)
-    return sites, others
-
-
-def _extras(path: str, site: _Site, lora_b: np.ndarray, settings: PeftSettings, file: Path) -> dict[str, np.ndarray]:
+def _extras(
+    path: str, site: StoredSite, lora_b: np.ndarray, settings: PeftSettings, file: Path
+) -> dict[str, np.ndarray]:
     """DoRA's norms, there if and only if the config says so."""
     if (site.magnitude is not None) != settings.dora:
         there = "no" if site.magnitude is None else "a"
@@ -170,7 +99,7 @@ def _saved(others: Mapping[str, np.ndarray], settings: PeftSettings, file: Path)
 
 
 def _as_exported(
-    facts: Facts, sites: Mapping[str, _Site], settings: PeftSettings, file: Path
+    facts: Facts, sites: Mapping[str, StoredSite], settings: PeftSettings, file: Path
 ) -> dict[str, SiteFactors] | None:
     """The sites that `write_peft` made this file of; None where the file is no longer what it wrote."""
     if facts.specs.keys() != sites.keys():
@@ -212,7 +141,7 @@ def _without_padding(
     return left[:, kept], right[kept]
 
 
-def _dense(path: str, site: _Site, settings: PeftSettings, file: Path) -> tuple[np.ndarray, np.ndarray]:
+def _dense(path: str, site: StoredSite, settings: PeftSettings, file: Path) -> tuple[np.ndarray, np.ndarray]:
     """lora_A [rank d_in] and lora_B [d_out rank] of a site, block-diagonal storage undone."""
     if site.factors.keys() != {("A", ""), ("B", "")}:
         there = ", ".join(sorted(f"lora_{side}.{mini}".rstrip(".") for side, mini in site.factors))
@@ -235,7 +164,7 @@ def _block_diagonal(blocks: list[np.ndarray]) -> np.ndarray:
     return whole
 
 
-def _site_factors(path: str, site: _Site, settings: PeftSettings, file: Path) -> SiteFactors:
+def _site_factors(path: str, site: StoredSite, settings: PeftSettings, file: Path) -> SiteFactors:
     """A site as minis: the authors' own, those of a block-diagonal LoRA, or one."""
     if settings.minis:
         return _authors_site(path, site, settings, file)
@@ -256,7 +185,7 @@ def _site_factors(path: str, site: _Site, settings: PeftSettings, file: Path) ->
     return SiteFactors(spec, a, b, site.lookup, _extras(path, site, lora_b, settings, file))
 
 
-def _authors_site(path: str, site: _Site, settings: PeftSettings, file: Path) -> SiteFactors:
+def _authors_site(path: str, site: StoredSite, settings: PeftSettings, file: Path) -> SiteFactors:
     """A site of the authors' fork: lora_A.k [r_k i] and lora_B.k [o r_k] of each mini k."""
     r, alpha = zip(*settings.minis, strict=True)
     if site.factors.keys() != {(side, str(k)) for side in "AB" for k in range(len(r))}:

@@ -18,7 +18,7 @@ from tiny_run import make_material, recipe
 
 import melora_jax as mj
 import train.loop
-from melora_jax import storage
+from melora_jax.atomic import atomic_folder
 from train.__main__ import main
 from train.checkpoint import Bookkeeping, Checkpoints
 from train.ends import differences
@@ -142,9 +142,9 @@ def test_leftovers_of_the_librarys_writes_are_cleared(tmp_path, monkeypatch):
     """What a kill leaves, made by writes that cannot clean up behind them."""
     monkeypatch.setattr(storage.shutil, "rmtree", lambda *_, **__: None)
     for text in ("old", "new"):
-        with storage.atomic_folder(tmp_path / "adapter") as folder:
+        with atomic_folder(tmp_path / "adapter") as folder:
             (folder / "file").write_text(text)
-    with pytest.raises(OSError, match="died"), storage.atomic_folder(tmp_path / "adapter") as folder:
+    with pytest.raises(OSError, match="died"), atomic_folder(tmp_path / "adapter") as folder:
         raise OSError("died")
     monkeypatch.undo()
     assert sorted(path.suffix for path in leftovers(tmp_path)) == [".old", ".tmp"]

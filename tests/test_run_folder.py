@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from synthetic_runs import make_run, write_json
 
-from train.run_folder import comparison_rows, read_run
+from train.run_folder import read_run
+from train.run_rows import comparison_rows
 
 
 def replace_events(folder: Path, *events: dict[str, Any]) -> None:

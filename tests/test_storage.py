@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from melora_jax.storage import TensorFile, atomic_folder, read_json, write_tensors
+from melora_jax.atomic import atomic_folder
+from melora_jax.storage import TensorFile, read_json, write_tensors
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -232,7 +233,7 @@ def test_a_failing_swap_puts_the_old_folder_back(tmp_path, monkeypatch):
             raise OSError("no")
         rename(source, target)
 
-    monkeypatch.setattr("melora_jax.storage.os.rename", fails_to_move_the_new_one)
+    monkeypatch.setattr("melora_jax.atomic.os.rename", fails_to_move_the_new_one)
     with pytest.raises(OSError, match="no"), atomic_folder(tmp_path / "saved") as temporary:
         (temporary / "a").write_text("new")
     assert content(tmp_path) == {"saved/a": b"old"}

@@ -11,7 +11,8 @@ from train import plots
 from train.page import Html, card, code, document, folded, note, table
 from train.record import replace_text
 from train.report import FILE_NAME, command_card, header, versions
-from train.run_folder import Run, comparison_rows, shared_metric
+from train.run_folder import Run
+from train.run_rows import comparison_rows, shared_metric
 
 
 def write_comparison(

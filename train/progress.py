@@ -21,7 +21,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from train.run_folder import Run, comparison_rows
+from train.run_folder import Run
+from train.run_rows import comparison_rows
 
 WIDTH = 100
 _BAR_WIDTH = 16

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from flax import nnx
 
+from melora_jax.atomic import atomic_folder
 from melora_jax.models.build import Model, model_from_config
 from melora_jax.models.checkpoint import GENERATION_CONFIG, TOKENIZER_FILES, checkpoint_source, is_gguf
 from melora_jax.models.families import listed
@@ -18,7 +19,6 @@ from melora_jax.models.hugging_face import HuggingFaceModel, with_dtype
 from melora_jax.models.load import variables_of
 from melora_jax.models.shards import SAVED_DTYPES, layout_of, write_shards
 from melora_jax.stacking import unstacked
-from melora_jax.storage import atomic_folder
 
 _log = logging.getLogger("melora_jax")
 
