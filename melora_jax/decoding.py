@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from melora_jax.dropout import dropout_key
-from melora_jax.models.cache import KVCache
+from melora_jax.models.cache import KVCache, take_rows
 from melora_jax.models.causal_lm import CausalLM
 from melora_jax.sampling import Sampling, chosen_tokens
 
@@ -44,11 +44,13 @@ class Newest(NamedTuple):
     Attributes:
       tokens: int32 `[b]`.
       stopped: bool `[b]`, rows that ended with this token or an earlier one.
+      rows: int32 `[b]`, each row's number in the batch that was begun with.
       generated: int32, how many tokens each row has got, these among them.
     """
 
     tokens: jax.Array
     stopped: jax.Array
+    rows: jax.Array
     generated: jax.Array
 
 
@@ -59,12 +61,14 @@ class Programs(NamedTuple):
       prefill: `(state, ids, valid, rules, places) -> (newest, cache)`; prompts `[b, t]` padded left, into a new cache
         of `places`.
       step: `(state, cache, newest, rules) -> (newest, cache)`.
+      keep: `(newest, cache, rows) -> (newest, cache)`, of these rows alone, int32 `[c]`; the old cache stays.
       loop: `(state, cache, newest, rules, limit, room) -> (tokens, cache)`; goes on until all rows have ended or have
         `limit` tokens. The tokens are `[b, room]`, from `newest` on, with padding after `limit`.
     """
 
     prefill: Callable[..., Any]
     step: Callable[..., Any]
+    keep: Callable[..., Any]
     loop: Callable[..., Any]
 
 
@@ -78,7 +82,8 @@ def programs(graphdef: nnx.GraphDef[CausalLM]) -> Programs:
         with dropout_key(None):
             model = nnx.merge(graphdef, state, copy=True)
             hidden, cache = model.advance(ids, model.make_cache(ids.shape[0], places), valid)
-            nothing = Newest(ids[:, -1], jnp.zeros(ids.shape[0], bool), jnp.zeros((), jnp.int32))
+            rows = jnp.arange(ids.shape[0], dtype=jnp.int32)
+            nothing = Newest(ids[:, -1], jnp.zeros(rows.shape, bool), rows, jnp.zeros((), jnp.int32))
             return _following(model.logits(hidden[:, -1]), nothing, rules), cache
 
     def step(state: nnx.State, cache: KVCache, newest: Newest, rules: Rules) -> tuple[Newest, KVCache]:
@@ -106,15 +111,21 @@ def programs(graphdef: nnx.GraphDef[CausalLM]) -> Programs:
     return Programs(
         prefill=jax.jit(prefill, static_argnames="places"),
         step=jax.jit(step, donate_argnames="cache"),
+        keep=jax.jit(_kept),
         loop=jax.jit(loop, donate_argnames="cache", static_argnames="room"),
     )
 
 
 def _following(logits: jax.Array, newest: Newest, rules: Rules) -> Newest:
-    tokens = chosen_tokens(logits, rules.sampling, rules.key, newest.generated)
+    tokens = chosen_tokens(logits, rules.sampling, rules.key, newest.rows, newest.generated)
     tokens = jnp.where(newest.stopped, rules.pad, tokens)
     broken = jnp.isnan(logits).any(axis=-1) & ~newest.stopped
     ended = (tokens[:, None] == rules.ends).any(axis=-1)
     tokens = jnp.where(broken, NO_TOKEN, tokens)
     # one broken row ends all: the caller gets an error
-    return Newest(tokens, newest.stopped | ended | broken.any(), newest.generated + 1)
+    return Newest(tokens, newest.stopped | ended | broken.any(), newest.rows, newest.generated + 1)
+
+
+def _kept(newest: Newest, cache: KVCache, rows: jax.Array) -> tuple[Newest, KVCache]:
+    tokens, stopped, numbers = (array[rows] for array in (newest.tokens, newest.stopped, newest.rows))
+    return Newest(tokens, stopped, numbers, newest.generated), take_rows(cache, rows)

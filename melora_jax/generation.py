@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
@@ -110,10 +110,11 @@ def stream(
     key: jax.Array | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
-) -> Iterator[NewTokens]:
+) -> Generator[NewTokens, Sequence[int] | None]:
     """The tokens of `generate` as they come: one `NewTokens` a step, until all rows have ended.
 
-    Arguments are checked, and errors raised, by the call itself; the iterator does the work. It may be left early.
+    Arguments are checked, and errors raised, by the call itself; the iterator does the work. It may be left early; or,
+    in place of `next`, be sent the numbers of the rows with which alone it shall go on, so that the rest costs nothing.
 
     Args:
       model, input_ids, attention_mask, max_new_tokens, temperature, top_k, top_p, key, eos_token_id, pad_token_id: as
@@ -207,17 +208,19 @@ def _is_token(token: Any, vocabulary: int) -> TypeGuard[int]:
     return isinstance(token, int | np.integer) and not isinstance(token, bool) and 0 <= int(token) < vocabulary
 
 
-def _steps(task: _Task, limit: int) -> Iterator[NewTokens]:
+def _steps(task: _Task, limit: int) -> Generator[NewTokens, Sequence[int] | None]:
     newest, cache = task.prefill()
     for left in reversed(range(limit)):
         following = None
         if left:
             # under way, and the first time compiled, while the caller is busy with the token before it
             following, cache = task.programs.step(task.state, cache, newest, task.rules)
-        yield NewTokens(_checked_tokens(np.asarray(newest.tokens)), np.asarray(newest.stopped))
+        rows = yield NewTokens(_checked_tokens(np.asarray(newest.tokens)), np.asarray(newest.stopped))
         if following is None or newest.stopped.all():
             return
         newest = following
+        if rows is not None:
+            newest, cache = task.programs.keep(newest, cache, np.asarray(rows, np.int32))
 
 
 def _checked_tokens(tokens: np.ndarray) -> np.ndarray:

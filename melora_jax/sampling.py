@@ -80,7 +80,9 @@ def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
     return scores
 
 
-def chosen_tokens(logits: jax.Array, sampling: Sampling, key: jax.Array | None, count: jax.Array) -> jax.Array:
+def chosen_tokens(
+    logits: jax.Array, sampling: Sampling, key: jax.Array | None, rows: jax.Array, count: jax.Array
+) -> jax.Array:
     """The next token of each row, int32 `[b]`.
 
     Each row draws from a stream of its own, `fold_in(fold_in(key, row), count)`, whatever the other rows are.
@@ -89,6 +91,7 @@ def chosen_tokens(logits: jax.Array, sampling: Sampling, key: jax.Array | None, 
       logits: float32 `[b, v]`.
       sampling: how to choose.
       key: PRNG key of the whole text; None where nothing is drawn.
+      rows: int32 `[b]`, each row's number in its batch.
       count: how many tokens each row has got so far.
     """
     if key is None or sampling.temperature is None:
@@ -97,7 +100,7 @@ def chosen_tokens(logits: jax.Array, sampling: Sampling, key: jax.Array | None, 
     def draw(row: jax.Array, scores: jax.Array) -> jax.Array:
         return jax.random.categorical(jax.random.fold_in(jax.random.fold_in(key, row), count), scores)
 
-    return jax.vmap(draw)(jnp.arange(logits.shape[0]), filtered(logits, sampling)).astype(jnp.int32)
+    return jax.vmap(draw)(rows, filtered(logits, sampling)).astype(jnp.int32)
 
 
 def _keep_top(scores: jax.Array, weights: jax.Array, least: int | float | jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from chat import CHATML, byte_tokenizer, space_tokenizer
 from flax import nnx
@@ -16,6 +17,7 @@ from test_generation import lively
 from tiny import stirred
 
 import melora_jax as mj
+from melora_jax import generation
 from melora_jax.models.causal_lm import CausalLM
 from melora_jax.models.load import variables_of
 from train.__main__ import main
@@ -240,3 +242,30 @@ def test_a_vocabulary_that_does_not_match_is_refused(tmp_path, capsys):
     mj.save_pretrained(lively(), tmp_path)
     byte_tokenizer(CHATML).save_pretrained(tmp_path)
     assert "use the tokenizer of this checkpoint" in run_refused(capsys, tmp_path, "--prompt", "a")
+
+
+@pytest.mark.parametrize(("stop", "drawn"), [("Aw9", {}), ("ABCDEFGHIJKLMabcdefghi", {"temperature": 1.5, "seed": 5})])
+def test_answers_that_have_ended_leave_the_batch(model, monkeypatch, stop, drawn):
+    """The texts are those of the whole batch."""
+    sizes = []
+
+    def recorded(tokens):
+        sizes.append(len(tokens))
+        return checked(tokens)
+
+    checked = generation._checked_tokens
+    monkeypatch.setattr(generation, "_checked_tokens", recorded)
+    prompts = [
+        np.asarray(BYTES(text)["input_ids"], np.int32) for text in ("ab a", "b", "a: ab", "bb", "aab", ":", "a", "ba")
+    ]
+    speaker = Speaker(model, BYTES, None, Manner(max_new_tokens=40, stop=tuple(stop), **drawn))
+    found = {}
+    for shrink in (False, True):
+        sizes.clear()
+        answers = speaker.answer(prompts, shrink=shrink)
+        for pieces in answers:
+            assert len(pieces) == len(prompts)
+        found[shrink] = answers.texts, answers.ended, answers.speed.tokens
+        assert set(sizes) == ({8, 2} if shrink else {8})
+    assert found[True] == found[False]
+    assert len({len(text) for text in found[True][0]}) > 3

@@ -146,6 +146,18 @@ def test_a_stream_yields_what_generate_returns(model, settings):
     early.close()
 
 
+@pytest.mark.parametrize("settings", [{}, DRAWN])
+def test_a_stream_goes_on_with_the_rows_that_it_is_sent(model, settings):
+    ids, mask = prompts()
+    arguments = {"max_new_tokens": SHORT, "eos_token_id": (), **settings}
+    whole = mj.generate(model, ids, mask, **arguments).tokens
+    steps = mj.stream(model, ids, mask, **arguments)
+    found = [next(steps).tokens, steps.send([2, 0, 2]).tokens, next(steps).tokens, steps.send([1]).tokens]
+    expected = [whole[:, 0], whole[[2, 0, 2], 1], whole[[2, 0, 2], 2], whole[[0], 3]]
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert [step.tokens.tolist() for step in steps] == [[token] for token in whole[0, 4:].tolist()]
+
+
 def test_a_row_ends_at_its_first_end_token_and_the_others_go_on(model):
     ids, mask = prompts()
     free = mj.generate(model, ids, mask, max_new_tokens=SHORT).tokens

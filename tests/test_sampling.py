@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,12 @@ from hypothesis import strategies as st
 from melora_jax.sampling import Sampling, checked_sampling, chosen_tokens, filtered
 
 VOCAB = 53
-filter_logits, choose = jax.jit(filtered), jax.jit(chosen_tokens)
+filter_logits = jax.jit(filtered)
+
+
+@jax.jit
+def choose(logits: Any, sampling: Sampling, key: Any, count: int) -> Any:
+    return chosen_tokens(logits, sampling, key, jnp.arange(len(logits)), count)
 
 
 def random_logits(seed: int, rows: int = 7, spread: float = 2.0) -> np.ndarray:
@@ -82,8 +89,9 @@ def test_drawn_tokens_follow_the_filtered_distribution(top_k, top_p):
     from scipy.stats import chi2
 
     logits, sampling, draws = random_logits(11, rows=1), checked_sampling(1.7, top_k, top_p), 20_000
-    counts = jnp.arange(draws)
-    tokens = jax.vmap(lambda count: chosen_tokens(jnp.asarray(logits), sampling, jax.random.key(13), count)[0])(counts)
+    key, row = jax.random.key(13), jnp.zeros(1, jnp.int32)
+    draw = jax.vmap(lambda count: chosen_tokens(jnp.asarray(logits), sampling, key, row, count)[0])
+    tokens = draw(jnp.arange(draws))
     expected = np.asarray(jax.nn.softmax(filtered(jnp.asarray(logits), sampling)))[0].astype(np.float64) * draws
     found = np.bincount(np.asarray(tokens), minlength=VOCAB)
     assert found[expected == 0].sum() == 0

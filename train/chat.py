@@ -86,17 +86,19 @@ class Speaker:
             return encode_prompt(self.tokenizer, self.template, conversation)
         return np.asarray(self.tokenizer(conversation.turns[-1].text, verbose=False)["input_ids"], np.int32)
 
-    def answer(self, prompts: Sequence[np.ndarray], number: int = 0) -> Answers:
+    def answer(self, prompts: Sequence[np.ndarray], number: int = 0, *, shrink: bool = False) -> Answers:
         """Starts to answer a batch of prompts.
 
         Args:
           prompts: token ids, of any lengths.
           number: of the batch, or of the turn: each draws other tokens.
+          shrink: whether answers that have ended leave the batch, once they are three quarters of it. Each size is
+            compiled anew, which long answers of many prompts are worth. Not on a mesh.
 
         Raises:
           ValueError: as in `melora_jax.generate`.
         """
-        return Answers(self, prompts, jax.random.fold_in(jax.random.key(self.manner.seed), number))
+        return Answers(self, prompts, jax.random.fold_in(jax.random.key(self.manner.seed), number), shrink)
 
 
 class Answers:
@@ -109,7 +111,7 @@ class Answers:
       speed: how fast it went.
     """
 
-    def __init__(self, speaker: Speaker, prompts: Sequence[np.ndarray], key: jax.Array) -> None:
+    def __init__(self, speaker: Speaker, prompts: Sequence[np.ndarray], key: jax.Array, shrink: bool) -> None:
         manner = speaker.manner
         tokenizer: Any = speaker.tokenizer
         mask = np.arange(max(map(len, prompts))) < np.array([[len(prompt)] for prompt in prompts])
@@ -131,6 +133,7 @@ class Answers:
         self._rows = [TextStream(tokenizer, manner.stop) for _ in prompts]
         self.ended: list[Ended | None] = [None] * len(prompts)
         self.speed = Speed()
+        self._shrink = shrink
 
     @property
     def texts(self) -> list[str]:
@@ -139,15 +142,31 @@ class Answers:
 
     def __iter__(self) -> Iterator[list[str]]:
         began = time.perf_counter()
-        for new in self._steps:
+        for rows, new in self._tokens():
             self._count(time.perf_counter() - began)
-            yield [
-                self._piece(row, int(token), bool(stopped))
-                for row, (token, stopped) in enumerate(zip(new.tokens, new.stopped, strict=True))
-            ]
+            pieces = [""] * len(self._rows)
+            for row, token, stopped in zip(rows, new.tokens, new.stopped, strict=False):
+                pieces[row] = self._piece(row, int(token), bool(stopped))
+            yield pieces
             if all(self.ended):
                 return
         yield [self._last_piece(row, "length") for row in range(len(self._rows))]
+
+    def _tokens(self) -> Iterator[tuple[list[int], mj.NewTokens]]:
+        """New tokens, and which answers the first of them belong to; those after them fill the batch up."""
+        rows, size, kept = list(range(len(self._rows))), len(self._rows), None
+        while True:
+            try:
+                new = self._steps.send(kept)
+            except StopIteration:
+                return
+            yield rows, new
+            going = [place for place, row in enumerate(rows) if not self.ended[row]]
+            kept = None
+            if self._shrink and going and 4 * len(going) <= size:
+                while 4 * len(going) <= size:
+                    size //= 4
+                rows, kept = [rows[place] for place in going], going + going[:1] * (size - len(going))
 
     def _count(self, seconds: float) -> None:
         going, speed = self.ended.count(None), self.speed

@@ -95,6 +95,14 @@ def place_tokens(cache: KVCache, valid: jax.Array, positions: jax.Array) -> KVCa
     )
 
 
+def take_rows(cache: KVCache, rows: jax.Array) -> KVCache:
+    """The cache of some of the rows, int32 `[c]`, in that order."""
+    keys, values = (
+        tuple(jnp.take(array, rows, axis=array.ndim - 4) for array in side) for side in (cache.keys, cache.values)
+    )
+    return KVCache(keys, values, cache.positions[rows], cache.valid[rows], cache.filled)
+
+
 def next_positions(cache: KVCache, valid: jax.Array) -> jax.Array:
     """The positions of new tokens, int32 `[b, t]`, which go on from the last one of each row and pass over padding."""
     last = jnp.where(cache.valid, cache.positions, -1).max(axis=1, keepdims=True)

@@ -197,7 +197,7 @@ class JaxLM(TemplateLM):
     def _answers(self, speaker: Speaker, prompts: list[np.ndarray], number: int) -> list[str]:
         """Few sizes of batch: the last prompt is asked again until the number is one."""
         full = prompts + [prompts[-1]] * (power_of_two(len(prompts)) - len(prompts))
-        answers = speaker.answer(full, number)
+        answers = speaker.answer(full, number, shrink=self._mesh is None)
         try:
             for _ in answers:
                 pass
