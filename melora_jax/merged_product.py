@@ -80,7 +80,7 @@ def _backward(mixer: Mixer, precision: Precision, own_axis: OwnAxis, kept: Any, 
     read = own_part(x) if own_axis == 0 else x
     written = own_part(cotangent) if own_axis == 1 else cotangent
     to_a, to_b = _to_factors(read.astype(a.dtype), a, b, written.astype(a.dtype), mixer)
-    to_x = _dot(cotangent, _formed_transposed(kernel, _after(to_a, a), b, mixer, own_axis), precision)
+    to_x = _dot(cotangent, _formed(kernel, _after(to_a, a), b, mixer, own_axis).T, precision)
     # Of a frozen kernel nobody asks for it, and XLA leaves it out.
     to_kernel = _dot(x.reshape(-1, x.shape[-1]).T, cotangent.reshape(-1, cotangent.shape[-1]), precision)
     return to_x.astype(x.dtype), to_kernel.astype(kernel.dtype), to_a, to_b
@@ -92,8 +92,9 @@ _product.defvjp(_forward, _backward)
 def _after(gradient: Array, factor: Array) -> Array:
     """The factor, once its gradient is there.
 
-    XLA on CPU does first what waits for nothing: all layers' (W + ΔW)ᵀ at once, and keeps them (SmolLM2, n=4 r=8, all
-    linear layers: 2,032 MB for 1,674). What is no number has no gradient either.
+    So the backward pass forms W + ΔW anew, when it needs it: XLA would keep the forward pass's, and on CPU, which does
+    first what waits for nothing, those of all layers formed at once (SmolLM2, n=4 r=8, all linear layers: 2,032 MB for
+    1,674). What is no number has no gradient either.
     """
     return factor + (gradient - gradient)
 
@@ -108,15 +109,6 @@ def _formed(kernel: Array, a: Array, b: Array, mixer: Mixer, own_axis: OwnAxis) 
     if mixer == "identity":
         return kernel + _in_place(block_diagonal(_exact(a, b)), own_axis)
     return kernel + _exact(*blocks.packed_factors(a, b, _ones(a), mixer))
-
-
-def _formed_transposed(kernel: Array, a: Array, b: Array, mixer: Mixer, own_axis: OwnAxis) -> Array:
-    """(W + ΔW)ᵀ, from products of its own: XLA would keep the forward pass's copy for the backward pass."""
-    if mixer == "identity":
-        transposed = block_diagonal(_exact(b.swapaxes(1, 2), a.swapaxes(1, 2)))
-        return kernel.T + _in_place(transposed, own_axis if own_axis is None else 1 - own_axis)
-    left, right = blocks.packed_factors(a, b, _ones(a), mixer)
-    return kernel.T + _exact(right.T, left.T)
 
 
 def _in_place(delta: Array, own_axis: OwnAxis) -> Array:

@@ -31,7 +31,7 @@ from melora_jax.layers import MELoRADense
 from melora_jax.members import Members
 from melora_jax.optim import Batch, Loss, Metrics, TrainState, step_of
 from melora_jax.sharding import mesh_of_tree
-from melora_jax.strategies import choose_strategy
+from melora_jax.strategies import unmerged
 from melora_jax.variables import FrozenParam, MELoRAParam
 
 Streams = Literal["shared", "own"]
@@ -193,7 +193,7 @@ def _as(member: Members, model: nnx.Module) -> Iterator[None]:
     for layer in _merged_layers(model):
         # W + ΔW would be one a member, and its product can't drop; beside the base's own product all members share W.
         latents = layer.product.spec.n * max(layer.product.spec.r)
-        layer.strategy = choose_strategy("auto", latents, jax.default_backend())
+        layer.strategy = unmerged(layer.strategy, latents, jax.default_backend())
     if member.alpha is not None:
         for path, variable in nnx.to_flat_state(nnx.state(model, MELoRAParam)):
             if path[-1] == "b":
