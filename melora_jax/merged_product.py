@@ -94,7 +94,7 @@ def _after(gradient: Array, factor: Array) -> Array:
 
     So the backward pass forms W + ΔW anew, when it needs it: XLA would keep the forward pass's, and on CPU, which does
     first what waits for nothing, those of all layers formed at once (SmolLM2, n=4 r=8, all linear layers: 2,032 MB for
-    1,674). What is no number has no gradient either.
+    1,688). What is no number has no gradient either.
     """
     return factor + (gradient - gradient)
 
