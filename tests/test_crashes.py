@@ -18,7 +18,9 @@ from tiny_run import make_material, recipe
 
 import melora_jax as mj
 import train.loop
+from melora_jax import atomic
 from melora_jax.atomic import atomic_folder
+from melora_jax.storage import TensorFile
 from train.__main__ import main
 from train.checkpoint import Bookkeeping, Checkpoints
 from train.ends import differences
@@ -79,7 +81,7 @@ def _change_last_bit(name):
         tensors = load_file(run / name)
         first = sorted(tensors)[0]
         tensors[first] = np.nextafter(tensors[first], np.float32(9))
-        metadata = storage.TensorFile(run / name).metadata
+        metadata = TensorFile(run / name).metadata
         save_file(tensors, run / name, metadata)
 
     return change
@@ -140,7 +142,7 @@ def test_a_second_signal_is_not_held_back():
 
 def test_leftovers_of_the_librarys_writes_are_cleared(tmp_path, monkeypatch):
     """What a kill leaves, made by writes that cannot clean up behind them."""
-    monkeypatch.setattr(storage.shutil, "rmtree", lambda *_, **__: None)
+    monkeypatch.setattr(atomic.shutil, "rmtree", lambda *_, **__: None)
     for text in ("old", "new"):
         with atomic_folder(tmp_path / "adapter") as folder:
             (folder / "file").write_text(text)
