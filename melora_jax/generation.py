@@ -121,7 +121,7 @@ def stream(
         in `generate`.
 
     Raises:
-      ValueError: as in `generate`.
+      ValueError: as in `generate`, or rows were sent that there are none of.
 
     >>> from melora_jax.models import model_from_config
     >>> sizes = dict(vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=7,
@@ -220,7 +220,14 @@ def _steps(task: _Task, limit: int) -> Generator[NewTokens, Sequence[int] | None
             return
         newest = following
         if rows is not None:
-            newest, cache = task.programs.keep(newest, cache, np.asarray(rows, np.int32))
+            newest, cache = task.programs.keep(newest, cache, _checked_rows(rows, len(newest.tokens)))
+
+
+def _checked_rows(rows: Sequence[int], count: int) -> np.ndarray:
+    found = np.asarray(rows, np.int32)
+    if found.ndim != 1 or not found.size or found.min() < 0 or found.max() >= count:
+        raise ValueError(f"rows {list(rows)} to go on with: give some numbers of rows, from 0 to {count - 1}")
+    return found
 
 
 def _checked_tokens(tokens: np.ndarray) -> np.ndarray:

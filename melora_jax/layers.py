@@ -175,8 +175,8 @@ class MELoRADense(nnx.Module):
         y = self.base(x, *args, **kwargs)
         update = update_of(self.product, self._view_for_call(*args, **kwargs), x, y, *self.factors())
         # A bias is a third term, with which it would cost two to five per cent; and one latent's product is not kept.
-        whole = getattr(self.base, "bias", y) is None and self.a.shape[0] * self.a.shape[2] > 1
-        return whole_sum(y, update) if whole else y + update
+        unbiased = hasattr(self.base, "bias") and self.base.bias is None
+        return whole_sum(y, update) if unbiased and self.a.shape[0] * self.a.shape[2] > 1 else y + update
 
     def _chosen_strategy(self) -> Strategy:
         """What the layer's strategy stands for.

@@ -45,9 +45,10 @@ def unmerged(strategy: Strategy, latents: int, backend: str) -> Strategy:
 
 
 def sums_columns(n: int, r: int, backend: str) -> bool:
-    """Whether `packed` has the gradients of its factors as sums over rows, column by column.
+    """Whether "auto", where it does not merge, has the factors' gradients as sums over rows, column by column.
 
-    So it is for minis of rank 1 on CPU, in place of a product of which all but the diagonal blocks are thrown away.
+    So it is where it takes `packed` for minis of rank 1 on CPU, in place of a product of which all but the diagonal
+    blocks are thrown away (`block_diagonal_product`).
 
     >>> sums_columns(8, 1, "cpu"), sums_columns(8, 2, "cpu"), sums_columns(8, 1, "gpu"), sums_columns(64, 1, "cpu")
     (True, False, False, False)

@@ -9,8 +9,8 @@ from jax.experimental.xla_metadata import set_xla_metadata
 def whole_sum(y: jax.Array, update: jax.Array) -> jax.Array:
     """y + update, an array of its own on a machine of one CPU device.
 
-    XLA on CPU adds anew wherever the sum is read, and keeps both until the backward pass has done so too. A step of
-    SmolLM2, 2 x 256 tokens, all linear layers adapted, LoRA r=8, then plans 1,830 MB in place of 1,641.
+    XLA on CPU would add anew wherever the sum is read, and keep both until the backward pass has done so too: a step of
+    SmolLM2 (2 x 256 tokens, all linear layers adapted by LoRA r=8) planned 1,830 MB, and plans 1,641.
 
     >>> whole_sum(jax.numpy.ones(3), jax.numpy.ones(3)).tolist()
     [2.0, 2.0, 2.0]

@@ -9,6 +9,8 @@ import pytest
 from decoder_fixtures import FAMILIES, TOKENS, apply, random_decoder, token_ids
 from flax import nnx
 
+from melora_jax.models.cache import empty_cache, take_rows
+
 step = nnx.jit(lambda model, *inputs: model.step(*inputs))
 PROMPTS, LENGTH, CHUNKS = [7, 3, 5], 7, (1, 1, 3)
 
@@ -107,3 +109,14 @@ def test_inside_a_trace_what_does_not_fit_is_nan():
     assert np.isfinite(logits).all()
     logits, _ = step(model, ids[:, :3], cache)
     assert np.isnan(logits).all()
+
+
+def test_some_rows_are_taken_of_layers_alone_and_stacked():
+    cache = empty_cache([(), (2,)], (3, 5, 2, 7), jnp.float32)
+    leaves, tree = jax.tree.flatten(cache)
+    cache = jax.tree.unflatten(tree, [jnp.arange(leaf.size).reshape(leaf.shape) for leaf in leaves])
+    found, rows = take_rows(cache, jnp.array([2, 0])), [2, 0]
+    np.testing.assert_array_equal(found.keys[0], cache.keys[0][rows])
+    np.testing.assert_array_equal(found.values[1], cache.values[1][:, rows])
+    np.testing.assert_array_equal(found.positions, cache.positions[rows])
+    np.testing.assert_array_equal(found.valid, cache.valid[rows])

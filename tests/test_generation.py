@@ -158,6 +158,15 @@ def test_a_stream_goes_on_with_the_rows_that_it_is_sent(model, settings):
     assert [step.tokens.tolist() for step in steps] == [[token] for token in whole[0, 4:].tolist()]
 
 
+@pytest.mark.parametrize("rows", [[], [3], [-1], [[0]]])
+def test_rows_that_there_are_none_of_are_refused(model, rows):
+    ids, mask = prompts()
+    steps = mj.stream(model, ids, mask, max_new_tokens=SHORT, eos_token_id=())
+    next(steps)
+    with pytest.raises(ValueError, match="to go on with: give some numbers of rows, from 0 to 2"):
+        steps.send(rows)
+
+
 def test_a_row_ends_at_its_first_end_token_and_the_others_go_on(model):
     ids, mask = prompts()
     free = mj.generate(model, ids, mask, max_new_tokens=SHORT).tokens
