@@ -115,7 +115,8 @@ def test_some_rows_are_taken_of_layers_alone_and_stacked():
     cache = empty_cache([(), (2,)], (3, 5, 2, 7), jnp.float32)
     leaves, tree = jax.tree.flatten(cache)
     cache = jax.tree.unflatten(tree, [jnp.arange(leaf.size).reshape(leaf.shape) for leaf in leaves])
-    found, rows = take_rows(cache, jnp.array([2, 0])), [2, 0]
+    rows = np.array([2, 0])
+    found = take_rows(cache, jnp.asarray(rows))
     np.testing.assert_array_equal(found.keys[0], cache.keys[0][rows])
     np.testing.assert_array_equal(found.values[1], cache.values[1][:, rows])
     np.testing.assert_array_equal(found.positions, cache.positions[rows])
