@@ -158,7 +158,10 @@ def expand(
 
 
 def packed_factors(
-    a: Float[Array, "n i r"], b: Float[Array, "n r o"], scale: Float[np.ndarray, "n r"], mixer: Mixer
+    a: Float[Array, "n i r"],
+    b: Float[Array, "n r o"],
+    scale: Float[Array, "n r"] | Float[np.ndarray, "n r"],
+    mixer: Mixer,
 ) -> tuple[Float[Array, "d_in R"], Float[Array, "R d_out"]]:
     """Plain LoRA factors of the same update: ΔW = left @ right.
 

@@ -1,7 +1,6 @@
 """The strategy `merged`: a dense product with W + ΔW, formed anew at each pass, in place of two products and their sum.
 
-Beside the base's own products there remain the gradients of the factors, which need ΔW's gradient at its diagonal
-blocks alone: as one product a block, or, where n is small, by way of the latents.
+Beside the base's own products there remain the gradients of the factors (`factor_gradients`).
 """
 
 from __future__ import annotations
@@ -11,19 +10,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from melora_jax import blocks
-from melora_jax.block_diagonal import block_diagonal
+from melora_jax.block_diagonal import add_block_diagonal, block_diagonal
 from melora_jax.config import AdapterSpec, Mixer
+from melora_jax.factor_gradients import Scale, factor_gradients
 from melora_jax.parallel import ParallelDot, at_own_part, own_part
 from melora_jax.quantization import QuantizedLinear
 from melora_jax.sharding import DATA, FSDP, TENSOR, batch_spec, mesh_of
 from melora_jax.slices import why_whole
-from melora_jax.strategies import choose_strategy, sums_columns
 
 Precision = Any
 # The axis of a kernel along which a device's minis have only its own part over `tensor`; None: they have all of it.
@@ -55,35 +53,38 @@ def merged_product(
     >>> merged_product(jnp.array([3.0, 5.0]), jnp.ones((2, 2)), one, one, spec).tolist()
     [11.0, 18.0]
     """
-    return _product(x, kernel, a * blocks.scale_of(spec)[:, None, :], b, spec.mixer, precision, None)
+    return _product(x, kernel, a, b, blocks.scale_of(spec), spec.mixer, precision, None)
 
 
 def _by_sum(
-    x: Array, kernel: Array, a: Array, b: Array, mixer: Mixer, precision: Precision, own_axis: OwnAxis
+    x: Array, kernel: Array, a: Array, b: Array, scale: Scale, mixer: Mixer, precision: Precision, own_axis: OwnAxis
 ) -> Array:
-    """The same with the scale multiplied into `a`; inside a `shard_map` of one device's parts."""
-    y = _dot(x, _formed(kernel, a, b, mixer, own_axis), precision)
+    """The same; inside a `shard_map` of one device's parts."""
+    y = _dot(x, _formed(kernel, a, b, scale, mixer, own_axis), precision)
     return y.astype(jnp.promote_types(x.dtype, kernel.dtype))
 
 
-_product = jax.custom_vjp(_by_sum, nondiff_argnums=(4, 5, 6))
+_product = jax.custom_vjp(_by_sum, nondiff_argnums=(5, 6, 7))
 
 
 def _forward(
-    x: Any, kernel: Any, a: Any, b: Any, mixer: Mixer, precision: Precision, own_axis: OwnAxis
+    x: Any, kernel: Any, a: Any, b: Any, scale: Any, mixer: Mixer, precision: Precision, own_axis: OwnAxis
 ) -> tuple[Array, Any]:
-    return _by_sum(x, kernel, a, b, mixer, precision, own_axis), (x, kernel, a, b)
+    return _by_sum(x, kernel, a, b, scale, mixer, precision, own_axis), (x, kernel, a, b, scale)
 
 
-def _backward(mixer: Mixer, precision: Precision, own_axis: OwnAxis, kept: Any, cotangent: Array) -> tuple[Array, ...]:
-    x, kernel, a, b = kept
+def _backward(
+    mixer: Mixer, precision: Precision, own_axis: OwnAxis, kept: Any, cotangent: Array
+) -> tuple[Array | None, ...]:
+    x, kernel, a, b, scale = kept
     read = own_part(x) if own_axis == 0 else x
     written = own_part(cotangent) if own_axis == 1 else cotangent
-    to_a, to_b = _to_factors(read.astype(a.dtype), a, b, written.astype(a.dtype), mixer)
-    to_x = _dot(cotangent, _formed(kernel, _after(to_a, a), b, mixer, own_axis).T, precision)
+    read, wide_a, wide_b, written = (_wide(array) for array in (read, a, b, written))
+    to_a, to_b = factor_gradients(read, wide_a, wide_b, scale, written, mixer)
+    to_x = _dot(cotangent, _formed(kernel, _after(to_a, a), b, scale, mixer, own_axis).T, precision)
     # Of a frozen kernel nobody asks for it, and XLA leaves it out.
     to_kernel = _dot(x.reshape(-1, x.shape[-1]).T, cotangent.reshape(-1, cotangent.shape[-1]), precision)
-    return to_x.astype(x.dtype), to_kernel.astype(kernel.dtype), to_a, to_b
+    return to_x.astype(x.dtype), to_kernel.astype(kernel.dtype), to_a.astype(a.dtype), to_b.astype(b.dtype), None
 
 
 _product.defvjp(_forward, _backward)
@@ -96,19 +97,26 @@ def _after(gradient: Array, factor: Array) -> Array:
     first what waits for nothing, those of all layers formed at once (SmolLM2, n=4 r=8, all linear layers: 2,032 MB for
     1,688). What is no number has no gradient either.
     """
-    return factor + (gradient - gradient)
+    flat = gradient.reshape(len(gradient), -1)
+    return (factor.reshape(flat.shape) + (flat - flat)).reshape(factor.shape)
 
 
 def _dot(x: Array, kernel: Array, precision: Precision) -> Array:
-    wide = jnp.promote_types(jnp.promote_types(x.dtype, kernel.dtype), jnp.float32)
-    return jnp.matmul(x.astype(wide), kernel.astype(wide), precision=precision)
+    return jnp.matmul(_wide(x), _wide(kernel), precision=precision)
 
 
-def _formed(kernel: Array, a: Array, b: Array, mixer: Mixer, own_axis: OwnAxis) -> Array:
+def _wide(array: Array) -> Array:
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+
+
+def _formed(kernel: Array, a: Array, b: Array, scale: Scale, mixer: Mixer, own_axis: OwnAxis) -> Array:
     """W + ΔW."""
     if mixer == "identity":
-        return kernel + _in_place(block_diagonal(_exact(a, b)), own_axis)
-    return kernel + _exact(*blocks.packed_factors(a, b, _ones(a), mixer))
+        products = _exact(a * scale[:, None, :], b)
+        if own_axis is None:
+            return add_block_diagonal(kernel, products)
+        return kernel + _in_place(block_diagonal(products), own_axis)
+    return kernel + _exact(*blocks.packed_factors(a, b, scale, mixer))
 
 
 def _in_place(delta: Array, own_axis: OwnAxis) -> Array:
@@ -116,59 +124,6 @@ def _in_place(delta: Array, own_axis: OwnAxis) -> Array:
     if own_axis is None:
         return delta
     return at_own_part(delta) if own_axis == 1 else at_own_part(delta.T).T
-
-
-def _to_factors(x: Array, a: Array, b: Array, cotangent: Array, mixer: Mixer) -> tuple[Array, Array]:
-    """The gradients of A and B, dA_k = (x_kᵀg_k)·B_kᵀ and dB_k = A_kᵀ·(x_kᵀg_k)."""
-    if _by_blocks(a, b, mixer):
-        products = _products_of_blocks(x, cotangent, len(a))
-        return jnp.einsum("nio,nro->nir", products, b), jnp.einsum("nir,nio->nro", a, products)
-    strategy = choose_strategy("auto", a.shape[0] * a.shape[2], jax.default_backend())
-    return jax.vjp(lambda a, b: blocks.apply(x, a, b, _ones(a), mixer, strategy), a, b)[1](cotangent)
-
-
-def _ones(a: Array) -> np.ndarray:
-    """The scale of factors that it has been multiplied into."""
-    return np.ones((a.shape[0], a.shape[2]), np.float32)
-
-
-def _products_of_blocks(x: Array, cotangent: Array, n: int) -> Array:
-    """x_kᵀg_k of each block, `[n, i, o]`."""
-    x, cotangent = (array.reshape(-1, array.shape[-1]) for array in (x, cotangent))
-    i, o = x.shape[1] // n, cotangent.shape[1] // n
-    if jax.default_backend() != "cpu":
-        return jnp.einsum("tni,tno->nio", x.reshape(-1, n, i), cotangent.reshape(-1, n, o))
-    # XLA on CPU would transpose both, for an axis of blocks; columns it takes as they lie. The narrower stands on the
-    # left, which is dearer to pack (1536 by 384: 4.7 : 3.0 ms).
-    return _by_columns(x, cotangent, n) if i <= o else _by_columns(cotangent, x, n).swapaxes(1, 2)
-
-
-def _by_columns(left: Array, right: Array, n: int) -> Array:
-    """left_kᵀ·right_k of each of n blocks, one after another, `[n, columns of left / n, columns of right / n]`."""
-
-    def of_block(k: Array, _: None) -> tuple[Array, Array]:
-        return k + 1, _columns(left, k, n).T @ _columns(right, k, n)
-
-    return jax.lax.scan(of_block, jnp.int32(0), length=n)[1]
-
-
-def _columns(array: Array, k: Array, n: int) -> Array:
-    """The k-th of n slices of the columns."""
-    rows, width = array.shape[0], array.shape[1] // n
-    return jax.lax.dynamic_slice(array, (0, k * width), (rows, width), allow_negative_indices=False)
-
-
-def _by_blocks(a: Array, b: Array, mixer: Mixer) -> bool:
-    """Whether the blocks x_kᵀg_k, d_in·d_out / n multiplications a token, cost less than products with n·r latents.
-
-    Those, n·r·(d_in + d_out) packed, count three times, being so narrow, and a quarter where r is 1, being half as many
-    and one pass over x and g each (`block_diagonal_product`). Measured on two CPU cores by MiniLM's step, all linear
-    layers adapted, over the frozen limit, blocks : latents: n=4 r=1 1.15 : 1.06, n=8 r=1 1.17 : 1.07, n=16 r=1 1.11 :
-    1.07, n=32 r=1 1.14 : 1.15 (1.12 by this rule); n=2 r=8 1.33 : 1.17, n=4 r=8 1.19 : 1.24, n=8 r=8 1.16 : 1.82.
-    """
-    (n, i, r), o = a.shape, b.shape[2]
-    weight = 0.25 if sums_columns(n, r, jax.default_backend()) else 3
-    return mixer == "identity" and i * o <= weight * n * r * (i + o)
 
 
 def _exact(left: Array, right: Array) -> Array:
@@ -233,8 +188,8 @@ def _product_on_mesh(
 
     def local(x: Array, *weights: Array) -> Array:
         # Their gradients differ from device to device, as the rows do; leaving the shard_map they are summed.
-        kernel, a, b = (jax.lax.pcast(weight, rows, to="varying") for weight in weights) if rows else weights
-        return _product(x, kernel, a, b, spec.mixer, precision, own_axis)
+        kernel, a, b, scale = (jax.lax.pcast(weight, rows, to="varying") for weight in weights) if rows else weights
+        return _product(x, kernel, a, b, scale, spec.mixer, precision, own_axis)
 
-    factors = a * blocks.scale_of(spec)[:, None, :], b
-    return dot.product_by(local, x, (kernel, *factors), (dot.kernel_spec(mesh), along, along))
+    weights = kernel, a, b, jnp.asarray(blocks.scale_of(spec))
+    return dot.product_by(local, x, weights, (dot.kernel_spec(mesh), along, along, along))

@@ -5,6 +5,7 @@ The arithmetic of a site, whatever framework the layer comes from: arrays, their
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Protocol
 
 import jax
@@ -15,6 +16,7 @@ from melora_jax import blocks
 from melora_jax.config import AdapterSpec, Strategy
 from melora_jax.dropout import adapter_rate, dropout
 from melora_jax.views import DenseView
+from melora_jax.whole_sum import whole_sum
 
 
 class Adapter(Protocol):
@@ -46,17 +48,46 @@ def update_of(
       a, b: the factors.
       layer: the layer's number in a stack that shares this path, for its dropout; it may be traced.
     """
-    a, b = in_dtype_of(adapter, a, y), in_dtype_of(adapter, b, y)
+    latents = _latents_of(adapter, view, x, in_dtype_of(adapter, a, y), layer)
+    return _Writer(adapter.spec, adapter.strategy, view).update(y, latents, in_dtype_of(adapter, b, y))
+
+
+def output_with_update(
+    adapter: Adapter, view: DenseView, x: Array, y: Array, a: Float[Array, "n i r"], b: Float[Array, "n r o"]
+) -> Array:
+    """y + update_of(...), kept as one array (`whole_sum`)."""
+    latents = _latents_of(adapter, view, x, in_dtype_of(adapter, a, y), None)
+    writer = _Writer(adapter.spec, adapter.strategy, view)
+    return whole_sum(writer, y, latents, in_dtype_of(adapter, b, y))
+
+
+def _latents_of(
+    adapter: Adapter, view: DenseView, x: Array, a: Float[Array, "n i r"], layer: Array | None
+) -> Float[Array, "... n r"]:
+    """drop(x_k)·A_k of every mini."""
     rate = adapter_rate(adapter.spec.dropout)
     if view.lookup:  # an embedding's dropout drops whole tokens
         keep = dropout(jnp.ones(x.shape, a.dtype), rate, adapter.path, layer)
-        latents = blocks.look_up(x, a, keep, adapter.spec.mixer)
-    else:
-        flat = dropout(view.flatten_input(x).astype(a.dtype), rate, adapter.path, layer)
-        latents = blocks.reduce(flat, a, adapter.strategy, adapter.spec.mixer)
-    scale = blocks.scale_of(adapter.spec)
-    flat_update = blocks.expand(latents, b, scale, adapter.spec.mixer, adapter.strategy)
-    return view.unflatten_output(flat_update).astype(y.dtype)
+        return blocks.look_up(x, a, keep, adapter.spec.mixer)
+    flat = dropout(view.flatten_input(x).astype(a.dtype), rate, adapter.path, layer)
+    return blocks.reduce(flat, a, adapter.strategy, adapter.spec.mixer)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Writer:
+    """From latents to the layer's output. Layers of equal settings have equal ones, and so one program."""
+
+    spec: AdapterSpec
+    strategy: Strategy
+    view: DenseView
+
+    def update(self, y: Array, latents: Float[Array, "... n r"], b: Float[Array, "n r o"]) -> Array:
+        scale = blocks.scale_of(self.spec)
+        flat = blocks.expand(latents, b, scale, self.spec.mixer, self.strategy)
+        return self.view.unflatten_output(flat).astype(y.dtype)
+
+    def __call__(self, y: Array, latents: Float[Array, "... n r"], b: Float[Array, "n r o"]) -> Array:
+        return y + self.update(y, latents, b)
 
 
 def attend_update(

@@ -11,7 +11,7 @@ import pytest
 import reference
 from jax.sharding import Mesh, PartitionSpec
 
-from melora_jax.block_diagonal import block_diagonal, block_diagonal_product
+from melora_jax.block_diagonal import add_block_diagonal, block_diagonal, block_diagonal_product
 
 ROWS = 13
 SHAPES = [(1, 5, 1), (3, 7, 1), (5, 1, 3), (3, 1, 1), (2, 5, 3)]  # n, p, q: only the middle three are thin
@@ -98,3 +98,10 @@ def test_rows_cut_over_a_mesh_sum_their_gradients(shape: tuple[int, int, int]) -
     )
     for found, expected in zip(cut(x, cotangent, blocks), exact(x, blocks, cotangent), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_blocks_are_added_along_the_diagonal_alone(shape: tuple[int, int, int]) -> None:
+    n, p, q = shape
+    matrix, blocks = (np.random.default_rng(0).normal(size=size).astype(np.float32) for size in ((n * p, n * q), shape))
+    np.testing.assert_array_equal(add_block_diagonal(matrix, blocks), matrix + block_diagonal(blocks))

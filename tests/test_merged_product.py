@@ -16,8 +16,9 @@ import melora_jax as mj
 from melora_jax import blocks, raw
 from melora_jax import merged_product as merged_module
 from melora_jax.config import AdapterSpec
+from melora_jax.factor_gradients import _by_blocks, _products_of_blocks, _together
 from melora_jax.linen import adapt as adapt_linen
-from melora_jax.merged_product import _by_blocks, _products_of_blocks, merged_product
+from melora_jax.merged_product import merged_product
 from melora_jax.strategies import MERGED_TOKENS
 
 D_IN, D_OUT = 30, 42
@@ -28,6 +29,10 @@ SPECS = {
     "all": AdapterSpec(n=3, r=(2, 2, 2), alpha=(3.0, 5.0, 7.0), mixer="all"),
     "shuffle": AdapterSpec(n=2, r=(4, 4), alpha=(3.0, 5.0), mixer="shuffle"),
 }
+
+
+def drawn(*shape: int) -> Any:
+    return np.random.default_rng(sum(shape)).normal(size=shape).astype(np.float32)
 
 
 def arrays(spec: AdapterSpec) -> tuple[Any, ...]:
@@ -108,12 +113,40 @@ def test_the_backward_pass_does_not_keep_the_sums_of_all_layers(name: str, monke
     assert planned() - ours >= (depth - 2) * 4 * width * width
 
 
-@pytest.mark.parametrize(("n", "flipped"), [(2, False), (3, True), (6, False), (1, True)])
-def test_the_blocks_of_a_product_are_had_from_columns(n: int, flipped: bool) -> None:
-    x, _, _, _, weight = arrays(SPECS["one"])
-    given = (weight, x) if flipped else (x, weight)
-    sliced = [part.reshape(14, n, -1).astype(np.float64) for part in given]
-    np.testing.assert_allclose(_products_of_blocks(*given, n), np.einsum("tni,tno->nio", *sliced), rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize(
+    ("n", "rows", "i", "o"), [(2, 14, 7, 5), (3, 14, 5, 7), (1, 14, 5, 7), (10, 1543, 7, 11), (9, 1543, 13, 11)]
+)
+def test_the_blocks_of_a_product_are_had_from_columns(n: int, rows: int, i: int, o: int) -> None:
+    """Of many rows and narrow blocks five, or three, in one product."""
+    x, cotangent = drawn(rows, n * i), drawn(rows, n * o)
+    sliced = [part.reshape(rows, n, -1).astype(np.float64) for part in (x, cotangent)]
+    expected = np.einsum("tni,tno->nio", *sliced)
+    np.testing.assert_allclose(
+        _products_of_blocks(jnp.asarray(x), jnp.asarray(cotangent), n), expected, rtol=1e-5, atol=1e-4
+    )
+
+
+def test_narrow_blocks_of_many_rows_are_joined() -> None:
+    assert [
+        _together(n, rows, n * i) for n, rows, i in ((10, 1543, 7), (9, 1543, 11), (10, 1499, 7), (7, 1543, 3))
+    ] == [
+        5,
+        3,
+        1,
+        1,
+    ]
+
+
+@pytest.mark.parametrize("name", ["few blocks, by way of the latents", "mixed ranks, by blocks"])
+def test_factors_in_bfloat16_have_gradients_in_it(name: str) -> None:
+    """Each the float32 gradient of the same values, rounded once."""
+    spec = SPECS[name]
+    x, kernel, a, b, weight = (jnp.asarray(array, jnp.bfloat16) for array in arrays(spec))
+    back = jax.vjp(lambda a, b: merged_product(x, kernel, a, b, spec), a, b)[1]
+    wide = [array.astype(jnp.float32) for array in (x, kernel, a, b, weight)]
+    expected = jax.vjp(lambda a, b: merged_product(wide[0], wide[1], a, b, spec), *wide[2:4])[1](wide[4])
+    for ours, theirs in zip(back(weight), expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs.astype(jnp.bfloat16))
 
 
 def layers(spec: AdapterSpec, dtype: Any = jnp.float32) -> dict[str, Any]:

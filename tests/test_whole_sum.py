@@ -14,6 +14,7 @@ from flax import nnx
 import melora_jax as mj
 from melora_jax.whole_sum import whole_sum
 
+kept_sum = functools.partial(whole_sum, jnp.add)
 BATCH, LENGTH, WIDTH, INNER, RANK, DEPTH = 2, 251, 61, 127, 3, 3
 
 
@@ -23,14 +24,14 @@ def drawn(*shape: int) -> Any:
 
 def test_it_is_a_sum_with_derivatives_of_every_kind() -> None:
     y, update = drawn(3, 5, 7), drawn(5, 3, 7).swapaxes(0, 1)
-    np.testing.assert_array_equal(whole_sum(y, update), y + update)
-    np.testing.assert_array_equal(jax.vmap(whole_sum, (0, 1))(y, update.swapaxes(0, 1)), y + update)
+    np.testing.assert_array_equal(kept_sum(y, update), y + update)
+    np.testing.assert_array_equal(jax.vmap(kept_sum, (0, 1))(y, update.swapaxes(0, 1)), y + update)
 
     def cubes(sum_of: Callable[..., Any]) -> Callable[..., Any]:
         return lambda y, update: (sum_of(y, 2 * update) ** 3).sum()
 
     given = (jnp.asarray(y), jnp.asarray(update))
-    ours, plain = (jax.jvp(jax.grad(cubes(one), (0, 1)), given, given) for one in (whole_sum, jnp.add))
+    ours, plain = (jax.jvp(jax.grad(cubes(one), (0, 1)), given, given) for one in (kept_sum, jnp.add))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, plain)
 
 
@@ -57,13 +58,32 @@ def planned(sum_of: Callable[..., Any]) -> int:
 
 def test_the_backward_pass_keeps_the_sum_alone() -> None:
     """It would keep two terms each of gate and up."""
-    assert planned(jnp.add) - planned(whole_sum) > 1.5 * DEPTH * BATCH * LENGTH * INNER * 4
+    assert planned(jnp.add) - planned(kept_sum) > 1.5 * DEPTH * BATCH * LENGTH * INNER * 4
 
 
-def test_layers_without_bias_take_it() -> None:
-    def program(use_bias: bool, r: int) -> str:
-        layer = mj.MELoRADense(6, 10, n=1, r=r, strategy="packed", use_bias=use_bias, rngs=nnx.Rngs(0))
+def test_layers_take_it_where_it_pays() -> None:
+    def program(use_bias: bool, n: int, r: int) -> str:
+        layer = mj.MELoRADense(6, 10, n=n, r=r, strategy="packed", use_bias=use_bias, rngs=nnx.Rngs(0))
         return jax.jit(nnx.merge(*nnx.split(layer))).lower(drawn(7, 6)).as_text()
 
-    taken = {(use_bias, r): "inlineable" in program(use_bias, r) for use_bias in (False, True) for r in (1, 2)}
-    assert taken == {(False, 1): False, (False, 2): True, (True, 1): False, (True, 2): False}
+    taken = {
+        (use_bias, n, r): "inlineable" in program(use_bias, n, r)
+        for use_bias in (False, True)
+        for n, r in ((1, 1), (1, 2), (2, 1))
+    }
+    assert taken == {
+        (False, 1, 1): False,
+        (False, 1, 2): True,
+        (False, 2, 1): True,
+        (True, 1, 1): False,
+        (True, 1, 2): False,
+        (True, 2, 1): True,
+    }
+
+
+def test_equal_layers_share_one_program() -> None:
+    """Of one that they call each for itself, XLA would be given as many as there are layers."""
+    layers = [mj.MELoRADense(6, 6, n=2, r=1, use_bias=False, rngs=nnx.Rngs(seed)) for seed in range(3)]
+    program = jax.jit(lambda x: functools.reduce(lambda x, layer: layer(x), layers, x)).lower(drawn(7, 6)).as_text()
+    assert program.count("call @_called") == 3
+    assert program.count("func.func private @_called") == 1
