@@ -46,16 +46,11 @@ def factor_gradients(
         products = _products_of_blocks(x, cotangent, n)
         to_a = jnp.einsum("nio,nro->nir", products, b * to_right)
         return to_a, jnp.einsum("nir,nio->nro", a * to_left, products)
-    # Of rank 1 the scale is fused with the sums over rows if it multiplies the latents; else A is less to multiply.
-    summed = sums_columns(n, r, jax.default_backend())
     strategy = choose_strategy("auto", n * r, jax.default_backend())
-
-    def update(a: Array, b: Array) -> Array:
-        if summed:
-            return blocks.apply(x, a, b, scale, mixer, strategy)
-        return blocks.apply(x, a * to_left, b, np.ones(scale.shape, np.float32), mixer, strategy)
-
-    return jax.vjp(update, a, b)[1](cotangent)
+    if sums_columns(n, r, jax.default_backend()):  # of rank 1 the latents' scale is fused with the sums over rows
+        return jax.vjp(lambda a, b: blocks.apply(x, a, b, scale, mixer, strategy), a, b)[1](cotangent)
+    ones = np.ones(scale.shape, np.float32)
+    return jax.vjp(lambda a, b: blocks.apply(x, a * to_left, b, ones, mixer, strategy), a, b)[1](cotangent)
 
 
 def _products_of_blocks(x: Array, cotangent: Array, n: int) -> Array:

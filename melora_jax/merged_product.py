@@ -76,15 +76,16 @@ def _forward(
 def _backward(
     mixer: Mixer, precision: Precision, own_axis: OwnAxis, kept: Any, cotangent: Array
 ) -> tuple[Array | None, ...]:
-    x, kernel, a, b, scale = kept
+    given, kernel, a, b, scale = kept
+    x, cotangent = (array.reshape(-1, array.shape[-1]) for array in (given, cotangent))
     read = own_part(x) if own_axis == 0 else x
     written = own_part(cotangent) if own_axis == 1 else cotangent
     read, wide_a, wide_b, written = (_wide(array) for array in (read, a, b, written))
     to_a, to_b = factor_gradients(read, wide_a, wide_b, scale, written, mixer)
     to_x = _dot(cotangent, _formed(kernel, _after(to_a, a), b, scale, mixer, own_axis).T, precision)
-    # Of a frozen kernel nobody asks for it, and XLA leaves it out.
-    to_kernel = _dot(x.reshape(-1, x.shape[-1]).T, cotangent.reshape(-1, cotangent.shape[-1]), precision)
-    return to_x.astype(x.dtype), to_kernel.astype(kernel.dtype), to_a.astype(a.dtype), to_b.astype(b.dtype), None
+    to_kernel = _dot(x.T, cotangent, precision)  # of a frozen kernel nobody asks for it, and XLA leaves it out
+    gradients = to_x.reshape(given.shape), to_kernel, to_a, to_b
+    return *(to.astype(of.dtype) for to, of in zip(gradients, kept, strict=False)), None
 
 
 _product.defvjp(_forward, _backward)
@@ -97,7 +98,7 @@ def _after(gradient: Array, factor: Array) -> Array:
     first what waits for nothing, those of all layers formed at once (SmolLM2, n=4 r=8, all linear layers: 2,032 MB for
     1,688). What is no number has no gradient either.
     """
-    flat = gradient.reshape(len(gradient), -1)
+    flat = gradient.reshape(len(gradient), -1)  # XLA moves an axis of one, and would copy it back for the sum
     return (factor.reshape(flat.shape) + (flat - flat)).reshape(factor.shape)
 
 
