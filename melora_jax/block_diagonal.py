@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from melora_jax.whole_sum import whole_sum
@@ -22,15 +23,24 @@ def block_diagonal(blocks: Float[Array, "n p q"]) -> Float[Array, "np nq"]:
     return jnp.where(_on_diagonal(n, p, q), blocks[:, :, None, :], 0).reshape(n * p, n * q)
 
 
-def add_block_diagonal(matrix: Float[Array, "np nq"], blocks: Float[Array, "n p q"]) -> Float[Array, "np nq"]:
-    """matrix + block_diagonal(blocks).
+def add_block_diagonal(
+    matrix: Float[Array, "np nq"], left: Float[Array, "n p r"], right: Float[Array, "n r q"]
+) -> Float[Array, "np nq"]:
+    """matrix + block_diagonal(left @ right), the products exact to the dtype's rounding.
 
-    >>> add_block_diagonal(jnp.ones((2, 4)), jnp.array([[[1.0, 2.0]], [[3.0, 4.0]]])).tolist()
-    [[2.0, 3.0, 1.0, 1.0], [1.0, 1.0, 4.0, 5.0]]
+    >>> left, right = jnp.array([[[1.0]], [[2.0]]]), jnp.array([[[1.0, 2.0]], [[3.0, 4.0]]])
+    >>> add_block_diagonal(jnp.ones((2, 4)), left, right).tolist()
+    [[2.0, 3.0, 1.0, 1.0], [1.0, 1.0, 7.0, 9.0]]
     """
-    n, p, q = blocks.shape
+    n, p, r = left.shape
+    q = right.shape[2]
+    if r == 1:  # in two axes, which a processor's vectors run along: 576 x 1,536 in 32 blocks 0.11 ms for 0.25
+        row, column = (np.arange(n).repeat(size).astype(np.int32) for size in (p, q))
+        delta = left.reshape(-1, 1) * right.reshape(1, -1)
+        return jnp.where(row[:, None] == column, matrix + delta, matrix)
+    products = jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
     apart = matrix.reshape(n, p, n, q)
-    return jnp.where(_on_diagonal(n, p, q), apart + blocks[:, :, None, :], apart).reshape(matrix.shape)
+    return jnp.where(_on_diagonal(n, p, q), apart + products[:, :, None, :], apart).reshape(matrix.shape)
 
 
 def _on_diagonal(n: int, p: int, q: int) -> Array:
@@ -52,10 +62,18 @@ def block_diagonal_product(x: Float[Array, "t np"], blocks: Float[Array, "n p q"
     """
     n, p, q = blocks.shape
     # On a mesh jax's own: with ours, eight simulated devices were seen to wait for each other's sums without end.
-    on_mesh = bool(jax.typeof(x).mat.varying | jax.typeof(blocks).mat.varying)
-    if n == 1 or min(p, q) > 1 or on_mesh or jax.default_backend() != "cpu":
+    if n == 1 or min(p, q) > 1 or on_mesh(x, blocks) or jax.default_backend() != "cpu":
         return x @ block_diagonal(blocks)
     return _thin_product(x, blocks)
+
+
+def on_mesh(*arrays: Array) -> bool:
+    """Whether one of them differs from device to device, inside a `shard_map`.
+
+    >>> on_mesh(jnp.ones(3))
+    False
+    """
+    return any(jax.typeof(array).mat.varying for array in arrays)
 
 
 def _by_thin(x: Array, blocks: Array) -> Array:
@@ -78,13 +96,17 @@ def _backward(kept: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array
     x, blocks = kept
     # In a call that XLA does not look into: it would see rows of two axes here, batch and length, and of one in the
     # other product, and compute what made the cotangent once for each.
-    to_blocks = whole_sum(_column_sums(len(blocks)), x, cotangent)
+    to_blocks = whole_sum(column_sums(len(blocks)), x, cotangent)
     return _by_thin(cotangent, blocks.swapaxes(1, 2)), to_blocks.reshape(blocks.shape).astype(blocks.dtype)
 
 
 @functools.cache
-def _column_sums(n: int) -> Callable[[Array, Array], Array]:
-    """Of n slices of two arrays the sums over rows of their products, where one slice is a column and is broadcast."""
+def column_sums(n: int) -> Callable[[Array, Array], Float[Array, "n c"]]:
+    """Of n slices of two arrays the sums over rows of their products, where one slice is a column and is broadcast.
+
+    >>> column_sums(2)(jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.ones((2, 6))).tolist()
+    [[4.0, 4.0, 4.0], [6.0, 6.0, 6.0]]
+    """
 
     def sums(x: Array, cotangent: Array) -> Array:
         rows, columns = (array.astype(jnp.float32).reshape(len(array), n, -1) for array in (x, cotangent))

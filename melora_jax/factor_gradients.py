@@ -8,15 +8,17 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from melora_jax import blocks
+from melora_jax.block_diagonal import block_diagonal, column_sums, on_mesh
 from melora_jax.config import Mixer
 from melora_jax.strategies import choose_strategy, sums_columns
 
 # s_k of each latent, [n r].
 Scale = Array | np.ndarray
-# Blocks narrower than this are had several in one product, where there are so many rows. By themselves, n=32, on 2 CPU
-# cores: of 2,048 rows 384 x 1,536 takes 2.7 ms for 3.4, 576 x 576 1.7 for 2.4; of 1,024, 384 x 384 takes 0.8 for 0.5.
-JOINED_COLUMNS = 32
+# Of so many rows as many neighbouring blocks are had in one product as make up so many of its entries. By themselves,
+# 2,048 rows, n=32, on 2 CPU cores: 384 x 1,536 takes 2.3 ms for 3.4, 576 x 576 1.7 for 2.4, 768 x 768 2.2 for 3.8; but
+# of 1,024 rows 384 x 384 takes 0.8 for 0.5.
 JOINED_ROWS = 1536
+JOINED_ENTRIES = 1200
 
 
 def factor_gradients(
@@ -46,11 +48,20 @@ def factor_gradients(
         products = _products_of_blocks(x, cotangent, n)
         to_a = jnp.einsum("nio,nro->nir", products, b * to_right)
         return to_a, jnp.einsum("nir,nio->nro", a * to_left, products)
-    strategy = choose_strategy("auto", n * r, jax.default_backend())
-    if sums_columns(n, r, jax.default_backend()):  # of rank 1 the latents' scale is fused with the sums over rows
-        return jax.vjp(lambda a, b: blocks.apply(x, a, b, scale, mixer, strategy), a, b)[1](cotangent)
-    ones = np.ones(scale.shape, np.float32)
+    if mixer == "identity" and sums_columns(n, r, jax.default_backend()) and not on_mesh(x, cotangent, a, b):
+        return _by_column_sums(x, a, b, scale, cotangent)
+    strategy, ones = choose_strategy("auto", n * r, jax.default_backend()), np.ones(scale.shape, np.float32)
     return jax.vjp(lambda a, b: blocks.apply(x, a * to_left, b, ones, mixer, strategy), a, b)[1](cotangent)
+
+
+def _by_column_sums(x: Array, a: Array, b: Array, scale: Scale, cotangent: Array) -> tuple[Array, Array]:
+    """Of minis of rank 1, dA_k = Σ_t x_k·s_k·(g_k·B_kᵀ) and dB_k = Σ_t s_k·(x_k·A_k)·g_k."""
+    n = len(a)
+    x, cotangent = (array.reshape(-1, array.shape[-1]) for array in (x, cotangent))
+    latents = x @ block_diagonal(a) * scale.reshape(n)
+    to_latents = cotangent @ block_diagonal(b).T * scale.reshape(n)
+    to_a, to_b = column_sums(n)(x, to_latents), column_sums(n)(latents, cotangent)
+    return to_a.reshape(a.shape), to_b.reshape(b.shape)
 
 
 def _products_of_blocks(x: Array, cotangent: Array, n: int) -> Array:
@@ -66,7 +77,7 @@ def _products_of_blocks(x: Array, cotangent: Array, n: int) -> Array:
 
 def _by_columns(left: Array, right: Array, n: int) -> Array:
     """left_kᵀ·right_k of each of n blocks, one after another, `[n, columns of left / n, columns of right / n]`."""
-    together = _together(n, *left.shape)
+    together = _together(n, len(left), left.shape[1] * right.shape[1] // n**2)
 
     def of_block(k: Array, _: None) -> tuple[Array, Array]:
         product = _columns(left, k, n // together).T @ _columns(right, k, n // together)
@@ -76,9 +87,15 @@ def _by_columns(left: Array, right: Array, n: int) -> Array:
     return products.reshape(n, *products.shape[2:])
 
 
-def _together(n: int, rows: int, columns: int) -> int:
-    """How many neighbouring blocks are had in one product, of which those off its diagonal are thrown away."""
-    counts = (count for count in range(1, n) if n % count == 0 and count * columns >= n * JOINED_COLUMNS)
+def _together(n: int, rows: int, entries: int) -> int:
+    """How many neighbouring blocks are had in one product, of which those off its diagonal are thrown away.
+
+    Args:
+      n: blocks.
+      rows: that are summed over.
+      entries: of one block.
+    """
+    counts = (count for count in range(1, n) if n % count == 0 and count**2 * entries >= JOINED_ENTRIES)
     return next(counts, 1) if rows >= JOINED_ROWS else 1
 
 

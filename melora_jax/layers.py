@@ -24,12 +24,12 @@ from jax.sharding import AbstractMesh
 
 from melora_jax import blocks, checks
 from melora_jax.config import AdapterSpec, Init, Mixer, Scaling, Strategy, Variant
-from melora_jax.merged_product import merged_output, why_unmergeable, why_unmergeable_on
+from melora_jax.layer_strategy import chosen_strategy, strategy_on, sums_whole
+from melora_jax.merged_product import merged_output, why_unmergeable_on
 from melora_jax.parallel import ParallelDot
 from melora_jax.quantization import QuantizedLinear
 from melora_jax.sharding import DATA, FSDP, active_mesh
 from melora_jax.slices import product_with_adapter
-from melora_jax.strategies import choose_strategy, merging_pays, unmerged
 from melora_jax.update import Adapter, attend_update, in_dtype_of, merged_kernel, output_with_update, update_of
 from melora_jax.variables import MELoRAParam, freeze
 from melora_jax.views import DenseView, checked_view, view_at_call, view_of
@@ -173,40 +173,13 @@ class MELoRADense(nnx.Module):
             )
         y = self.base(x, *args, **kwargs)
         given = self.product, self._view_for_call(*args, **kwargs), x, y, *self.factors()
-        return output_with_update(*given) if self._sums_whole() else y + update_of(*given)
-
-    def _sums_whole(self) -> bool:
-        """Whether `whole_sum` is worth its call.
-
-        One latent's product is not kept anyway. A bias is a third term, with which MiniLM's step took two to five per
-        cent longer, but for minis of rank 1, whose update is made where it is added (n=32: as long, 688 MB for 846).
-        """
         n, _, r = self.a.shape
-        return n * r > 1 and hasattr(self.base, "bias") and (self.base.bias is None or r == 1)
+        return output_with_update(*given) if sums_whole(self.base, n, r) else y + update_of(*given)
 
     def _chosen_strategy(self) -> Strategy:
-        """What the layer's strategy stands for.
-
-        Raises:
-          ValueError: it is "merged", which the base does not allow.
-        """
-        plain = type(self) is MELoRADense
-        why_not = (
-            why_unmergeable(self.base, self.spec) if plain else f"a {type(self).__name__} is no sum of W and s·A·B"
-        )
-        if self.spec.strategy == "merged" and why_not is not None:
-            raise ValueError(
-                f'strategy="merged" at {self.path or "a layer"}: {why_not}; use strategy="batched" or "auto"'
-            )
-        # Where the sum would be rounded to less than float32, or a quantised kernel made whole, it must be asked for.
-        exact = why_not is None and isinstance(self.base, nnx.Linear) and self._in_float32()
-        latents = self.product.spec.n * max(self.product.spec.r)
-        mergeable = exact and self.spec.dropout == 0 and self.spec.mixer == "identity"  # else ΔW is a dense product
-        return choose_strategy(self.spec.strategy, latents, jax.default_backend(), mergeable)
-
-    def _in_float32(self) -> bool:
-        computed = self.spec.dtype or self.base.dtype or self.base.param_dtype
-        return jnp.dtype(computed) == self.base.param_dtype == jnp.float32
+        product, kind = self.product.spec, type(self)
+        variant = None if kind is MELoRADense else kind.__name__
+        return chosen_strategy(self.base, self.spec, product.n * max(product.r), variant, self.path)
 
     def _own_mesh(self) -> AbstractMesh | None:
         """The mesh in force, if the base is one of our layers and so cuts its product itself."""
@@ -220,10 +193,7 @@ class MELoRADense(nnx.Module):
 
     def strategy_for(self, tokens: int) -> Strategy:
         """What `strategy` stands for with so many tokens on a device: "auto" forms W + ΔW where that pays."""
-        a, b = self.a.shape, self.b.shape
-        if self.strategy != "merged" or self.spec.strategy == "merged" or merging_pays(tokens, a, b):
-            return self.strategy
-        return unmerged(self.strategy, a[0] * a[2], jax.default_backend())
+        return strategy_on(tokens, self.strategy, self.spec.strategy, self.a.shape, self.b.shape)
 
     def _factors_for(self, y: jax.Array | jax.ShapeDtypeStruct) -> tuple[jax.Array, jax.Array]:
         """A and B in the dtype of the computation."""

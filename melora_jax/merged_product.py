@@ -113,10 +113,10 @@ def _wide(array: Array) -> Array:
 def _formed(kernel: Array, a: Array, b: Array, scale: Scale, mixer: Mixer, own_axis: OwnAxis) -> Array:
     """W + ΔW."""
     if mixer == "identity":
-        products = _exact(a * scale[:, None, :], b)
+        a = a * scale[:, None, :]
         if own_axis is None:
-            return add_block_diagonal(kernel, products)
-        return kernel + _in_place(block_diagonal(products), own_axis)
+            return add_block_diagonal(kernel, a, b)
+        return kernel + _in_place(block_diagonal(_exact(a, b)), own_axis)
     return kernel + _exact(*blocks.packed_factors(a, b, scale, mixer))
 
 

@@ -100,8 +100,11 @@ def test_rows_cut_over_a_mesh_sum_their_gradients(shape: tuple[int, int, int]) -
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("r", [1, 2])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_blocks_are_added_along_the_diagonal_alone(shape: tuple[int, int, int]) -> None:
+def test_products_are_added_along_the_diagonal_alone(shape: tuple[int, int, int], r: int) -> None:
     n, p, q = shape
-    matrix, blocks = (np.random.default_rng(0).normal(size=size).astype(np.float32) for size in ((n * p, n * q), shape))
-    np.testing.assert_array_equal(add_block_diagonal(matrix, blocks), matrix + block_diagonal(blocks))
+    rng = np.random.default_rng(0)
+    matrix, left, right = (rng.normal(size=size).astype(np.float32) for size in ((n * p, n * q), (n, p, r), (n, r, q)))
+    expected = matrix + reference.block_diagonal(list(left.astype(np.float64) @ right))
+    np.testing.assert_allclose(add_block_diagonal(jnp.asarray(matrix), left, right), expected, rtol=1e-6, atol=1e-6)

@@ -17,6 +17,7 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
+from simulated import environment
 from test_generation import lively
 from tiny import stirred
 
@@ -249,11 +250,10 @@ def test_batches_of_one_size_are_compiled_once(model):
 
 def test_a_mesh_gives_the_scores_and_answers_of_one_device(tmp_path):
     """data x fsdp x tensor = 2 x 2 x 2, in a process of its own with eight devices."""
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "eval_mesh_main.py"), str(tmp_path / "model")],
-        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": path},
+        env=environment(8, PYTHONPATH=path),
         capture_output=True,
         text=True,
         check=False,

@@ -126,15 +126,10 @@ def test_the_blocks_of_a_product_are_had_from_columns(n: int, rows: int, i: int,
     )
 
 
-def test_narrow_blocks_of_many_rows_are_joined() -> None:
-    assert [
-        _together(n, rows, n * i) for n, rows, i in ((10, 1543, 7), (9, 1543, 11), (10, 1499, 7), (7, 1543, 3))
-    ] == [
-        5,
-        3,
-        1,
-        1,
-    ]
+def test_small_blocks_of_many_rows_are_joined() -> None:
+    """As many as make up 1,200 entries, of 1,536 rows on."""
+    cases = {(10, 1543, 77): 5, (9, 1543, 143): 3, (9, 1543, 1201): 1, (10, 1535, 77): 1, (7, 1543, 9): 1}
+    assert {case: _together(*case) for case in cases} == cases
 
 
 @pytest.mark.parametrize("name", ["few blocks, by way of the latents", "mixed ranks, by blocks"])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from simulated import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 SOME = ["bert:2,2,2", "bert:8,1,1", "llama:2,2,2", "llama:1,1,8", "deep:2,2,2"]
@@ -18,16 +19,14 @@ REST += ["bert:1,1,8", "llama:8,1,1"]
 QUANTIZED = {"int8-bert:2,2,2": 6, "nf4-deep:1,1,8": 3 * 7 - 2 * 3}
 MERGED = ["merged-bert:2,2,2", "merged-llama:2,2,2", "merged-bert:8,1,1"]
 WHOLE = ["whole-bert:2,2,2", "whole-llama:2,2,2"]
-# Tests compare two compilations of the same sums; neither has to be fast.
-FLAGS = "--xla_backend_optimization_level=0"
 
 
 def run_checks(folder: Path, *checks: str) -> dict[str, Any]:
     """The result of each check, made in a process that has eight devices."""
     paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    environment = os.environ | {"PYTHONPATH": paths, "XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu"}
+    own = environment(PYTHONPATH=paths)
     command = [sys.executable, "-W", "error", ROOT / "tests" / "mesh_main.py", folder, *checks]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=1800)
+    done = subprocess.run(command, env=own, capture_output=True, text=True, check=False, timeout=1800)
     assert done.returncode == 0, done.stderr[-4000:]
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return {result.pop("check"): result for result in results}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import tiny_run
+from simulated import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 ADAPTER = {"n": 2, "r": 1, "dropout": 0.1, "targets": ["query", "value", "output.dense"]}
@@ -63,13 +63,12 @@ def start(recipe: Path, name: str, *words: str, devices: int = 1, processes: int
         own = {key: value[process] if isinstance(value, list) else value for key, value in options.items()}
         own |= {f"distributed.{key}": value for key, value in hosts.items()} if processes > 1 else {}
         named = [word for key, value in own.items() for word in (f"--{key}", str(value))]
-        flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
         command = [sys.executable, "-m", "train", "run", recipe, "--output.folder", recipe.parent / name]
         started.append(
             subprocess.Popen(
                 [*map(str, command), *named, *words],
                 cwd=ROOT,
-                env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+                env=environment(devices),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
