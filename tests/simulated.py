@@ -1,8 +1,8 @@
 """Settings of processes that simulate several devices on a CPU.
 
 A sum over devices holds the thread that computes it until the others come to theirs. XLA starts one thread a device,
-two sums of one device can hold two, and so all may wait for a device that finds none free. Now and then runs on two busy
-cores did; eight threads a device leave room.
+two sums of one device can hold two, and so all may wait for a device that finds none free. Now and then runs on two
+busy cores did; eight threads a device leave room.
 """
 
 from __future__ import annotations
