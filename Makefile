@@ -73,6 +73,8 @@ bench: .venv/.app-$(ACCELERATOR)  ## step times of MELoRA, LoRA and the frozen m
 # Each result is written as soon as it is there. Of a sweep over n and r, every combination takes turns with the limit.
 speed = .venv/bin/python -m train bench --rounds $(ROUNDS) --out results/speed
 minis := --sweep n=1,4,8,16,32 r=1,8
+flat = .venv/bin/python -m train bench --rounds $$((3 * $(ROUNDS))) --targets all-linear --sweep n=1,32 r=1,8 \
+	--out results/speed
 
 speed: .venv/.test  ## the tables of results/speed.md: half an hour on a quiet machine; ROUNDS=3 takes a quarter
 	$(speed)/minilm.json --title "MiniLM"
@@ -81,6 +83,8 @@ speed: .venv/.test  ## the tables of results/speed.md: half an hour on a quiet m
 	$(speed)/smollm2.json --task causal-lm --title "SmolLM2-135M"
 	$(speed)/smollm2-minis.json --task causal-lm --title "SmolLM2-135M, n and r" $(minis)
 	$(speed)/smollm2-all.json --task causal-lm --title "SmolLM2-135M, n and r, all linear layers" --targets all-linear $(minis)
+	$(flat)/minilm-flat.json --title "MiniLM, n=1 and n=32, all linear layers"
+	$(flat)/smollm2-flat.json --task causal-lm --title "SmolLM2-135M, n=1 and n=32, all linear layers"
 	$(speed)/tokens.json --title "Tokens a step" --sweep n=8 r=1,8 tokens=256,1024,4096 width=384 depth=2
 	$(speed)/width.json --title "Width" --sweep n=8 r=1,8 width=128,256,512,1024 depth=2
 	$(speed)/depth.json --title "Depth" --sweep n=8 r=1,8 depth=2,4,8
