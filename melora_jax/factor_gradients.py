@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from melora_jax import blocks
-from melora_jax.block_diagonal import block_diagonal, column_sums, on_mesh
+from melora_jax.block_diagonal import block_diagonal, column_sums, varies_by_device
 from melora_jax.config import Mixer
 from melora_jax.strategies import choose_strategy, sums_columns
 
@@ -22,17 +22,17 @@ JOINED_ENTRIES = 1200
 
 
 def factor_gradients(
-    x: Float[Array, "... d_in"],
+    x: Float[Array, "t d_in"],
     a: Float[Array, "n i r"],
     b: Float[Array, "n r o"],
     scale: Scale,
-    cotangent: Float[Array, "... d_out"],
+    cotangent: Float[Array, "t d_out"],
     mixer: Mixer,
 ) -> tuple[Float[Array, "n i r"], Float[Array, "n r o"]]:
     """The gradients of A and B, dA_k = (x_kᵀg_k)·s_k·B_kᵀ and dB_k = s_k·A_kᵀ·(x_kᵀg_k).
 
     Args:
-      x: the input, of the factors' dtype.
+      x: the input's rows, of the factors' dtype.
       a, b: the factors.
       scale: s_k of each latent, [n r].
       cotangent: g, the gradient of x·ΔW.
@@ -48,7 +48,7 @@ def factor_gradients(
         products = _products_of_blocks(x, cotangent, n)
         to_a = jnp.einsum("nio,nro->nir", products, b * to_right)
         return to_a, jnp.einsum("nir,nio->nro", a * to_left, products)
-    if mixer == "identity" and sums_columns(n, r, jax.default_backend()) and not on_mesh(x, cotangent, a, b):
+    if mixer == "identity" and sums_columns(n, r, jax.default_backend()) and not varies_by_device(x, cotangent, a, b):
         return _by_column_sums(x, a, b, scale, cotangent)
     strategy, ones = choose_strategy("auto", n * r, jax.default_backend()), np.ones(scale.shape, np.float32)
     return jax.vjp(lambda a, b: blocks.apply(x, a * to_left, b, ones, mixer, strategy), a, b)[1](cotangent)
@@ -57,16 +57,14 @@ def factor_gradients(
 def _by_column_sums(x: Array, a: Array, b: Array, scale: Scale, cotangent: Array) -> tuple[Array, Array]:
     """Of minis of rank 1, dA_k = Σ_t x_k·s_k·(g_k·B_kᵀ) and dB_k = Σ_t s_k·(x_k·A_k)·g_k."""
     n = len(a)
-    x, cotangent = (array.reshape(-1, array.shape[-1]) for array in (x, cotangent))
     latents = x @ block_diagonal(a) * scale.reshape(n)
     to_latents = cotangent @ block_diagonal(b).T * scale.reshape(n)
-    to_a, to_b = column_sums(n)(x, to_latents), column_sums(n)(latents, cotangent)
+    to_a, to_b = column_sums(x, to_latents), column_sums(latents, cotangent)
     return to_a.reshape(a.shape), to_b.reshape(b.shape)
 
 
 def _products_of_blocks(x: Array, cotangent: Array, n: int) -> Array:
     """x_kᵀg_k of each block, `[n, i, o]`."""
-    x, cotangent = (array.reshape(-1, array.shape[-1]) for array in (x, cotangent))
     i, o = x.shape[1] // n, cotangent.shape[1] // n
     if jax.default_backend() != "cpu":
         return jnp.einsum("tni,tno->nio", x.reshape(-1, n, i), cotangent.reshape(-1, n, o))

@@ -16,6 +16,8 @@ def whole_sum(sum_of: Callable[..., jax.Array], *terms: jax.Array) -> jax.Array:
     XLA on CPU would add anew wherever the sum is read, and keep both until the backward pass has done so too: a step of
     SmolLM2 (2 x 256 tokens, all linear layers adapted by LoRA r=8) planned 1,830 MB, and plans 1,641.
 
+    Of a sum over rows XLA would compute anew what it sums, where another reader sees that in other axes.
+
     Args:
       sum_of: compiled once for all that are equal to it.
       terms: what it adds; its derivatives are those of `sum_of`.

@@ -47,6 +47,12 @@ def test_both_ways_to_the_gradients_are_tested() -> None:
     assert [_by_blocks(*arrays(spec)[2:4], spec.mixer) for spec in SPECS.values()] == [False, False, True, False, False]
 
 
+def test_of_rank_1_narrow_blocks_are_cheaper_than_latents() -> None:
+    shapes = {(32, 12, 48): True, (32, 12, 12): True, (16, 24, 24): False, (8, 48, 192): False}
+    found = {(n, i, o): _by_blocks(np.zeros((n, i, 1)), np.zeros((n, 1, o)), "identity") for n, i, o in shapes}
+    assert found == shapes
+
+
 @pytest.mark.parametrize("name", SPECS)
 def test_value_and_gradients_are_the_products_with_the_sum(name: str) -> None:
     """In float64, with ΔW from the factors' dense product and its gradient xᵀg projected on them."""
