@@ -17,7 +17,8 @@ def block_diagonal(blocks: Float[Array, "n p q"]) -> Float[Array, "np nq"]:
     [[1.0, 2.0, 0.0, 0.0], [0.0, 0.0, 3.0, 4.0]]
     """
     n, p, q = blocks.shape
-    return jnp.where(_on_diagonal(n, p, q), blocks[:, :, None, :], 0).reshape(n * p, n * q)
+    block, column = (jax.lax.broadcasted_iota(jnp.int32, (n, p, n, q), axis) for axis in (0, 2))
+    return jnp.where(block == column, blocks[:, :, None, :], 0).reshape(n * p, n * q)
 
 
 def add_block_diagonal(
@@ -31,19 +32,14 @@ def add_block_diagonal(
     """
     n, p, r = left.shape
     q = right.shape[2]
-    if r == 1:  # in two axes, which a processor's vectors run along: 576 x 1,536 in 32 blocks 0.11 ms for 0.25
-        row, column = (np.arange(n).repeat(size).astype(np.int32) for size in (p, q))
+    # In two axes, which a processor's vectors run along: 576 x 1,536 in 32 blocks of rank 1 takes 0.11 ms for 0.25.
+    if r == 1:
         delta = left.reshape(-1, 1) * right.reshape(1, -1)
-        return jnp.where(row[:, None] == column, matrix + delta, matrix)
-    products = jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
-    apart = matrix.reshape(n, p, n, q)
-    return jnp.where(_on_diagonal(n, p, q), apart + products[:, :, None, :], apart).reshape(matrix.shape)
-
-
-def _on_diagonal(n: int, p: int, q: int) -> Array:
-    """Which entries `[n p n q]` lie in a diagonal block."""
-    block, column = (jax.lax.broadcasted_iota(jnp.int32, (n, p, n, q), axis) for axis in (0, 2))
-    return block == column
+    else:
+        products = jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
+        delta = jnp.tile(products.reshape(n * p, q), (1, n))
+    row, column = (np.arange(n).repeat(size).astype(np.int32) for size in (p, q))
+    return jnp.where(row[:, None] == column, matrix + delta, matrix)
 
 
 def block_diagonal_product(x: Float[Array, "t np"], blocks: Float[Array, "n p q"]) -> Float[Array, "t nq"]:

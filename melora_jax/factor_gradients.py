@@ -44,7 +44,7 @@ def factor_gradients(
     """
     n, r = scale.shape
     to_left, to_right = scale[:, None, :], scale[:, :, None]
-    if _by_blocks(a, b, mixer):
+    if takes_blocks(a, b, mixer):
         products = _products_of_blocks(x, cotangent, n)
         to_a = jnp.einsum("nio,nro->nir", products, b * to_right)
         return to_a, jnp.einsum("nir,nio->nro", a * to_left, products)
@@ -110,7 +110,7 @@ def _columns(array: Array, k: Array, n: int) -> Array:
     return jax.lax.dynamic_slice(array, (0, k * width), (rows, width), allow_negative_indices=False)
 
 
-def _by_blocks(a: Array, b: Array, mixer: Mixer) -> bool:
+def takes_blocks(a: Array, b: Array, mixer: Mixer) -> bool:
     """Whether the blocks x_kᵀg_k, d_in·d_out / n multiplications a token, cost less than products with n·r latents.
 
     Those, n·r·(d_in + d_out) packed, count three times, being so narrow, and 0.3 times where r is 1, being half as many

@@ -16,9 +16,9 @@ import melora_jax as mj
 from melora_jax import blocks, raw
 from melora_jax import merged_product as merged_module
 from melora_jax.config import AdapterSpec
-from melora_jax.factor_gradients import _by_blocks, _products_of_blocks, _together
+from melora_jax.factor_gradients import _products_of_blocks, _together, takes_blocks
 from melora_jax.linen import adapt as adapt_linen
-from melora_jax.merged_product import merged_product
+from melora_jax.merged_product import _stays, merged_product
 from melora_jax.strategies import MERGED_TOKENS
 
 D_IN, D_OUT = 30, 42
@@ -44,12 +44,13 @@ def arrays(spec: AdapterSpec) -> tuple[Any, ...]:
 
 
 def test_both_ways_to_the_gradients_are_tested() -> None:
-    assert [_by_blocks(*arrays(spec)[2:4], spec.mixer) for spec in SPECS.values()] == [False, False, True, False, False]
+    found = [takes_blocks(*arrays(spec)[2:4], spec.mixer) for spec in SPECS.values()]
+    assert found == [False, False, True, False, False]
 
 
 def test_of_rank_1_narrow_blocks_are_cheaper_than_latents() -> None:
     shapes = {(32, 12, 48): True, (32, 12, 12): True, (16, 24, 24): False, (8, 48, 192): False}
-    found = {(n, i, o): _by_blocks(np.zeros((n, i, 1)), np.zeros((n, 1, o)), "identity") for n, i, o in shapes}
+    found = {(n, i, o): takes_blocks(np.zeros((n, i, 1)), np.zeros((n, 1, o)), "identity") for n, i, o in shapes}
     assert found == shapes
 
 
@@ -117,6 +118,37 @@ def test_the_backward_pass_does_not_keep_the_sums_of_all_layers(name: str, monke
     ours = planned()
     monkeypatch.setattr(merged_module, "_after", lambda gradient, factor: factor)
     assert planned() - ours >= (depth - 2) * 4 * width * width
+
+
+def test_the_sum_stays_for_the_backward_pass_where_it_is_small_beside_many_rows() -> None:
+    """Where 5·22·33 is at most tokens·(22 + 33), and from eight blocks on; not with latents."""
+    cases = {(11, 2, 3, 66): True, (11, 2, 3, 65): False, (7, 2, 3, 210): False, (8, 48, 192, 2048): False}
+    of = {(n, i, o): (np.zeros((n, i, 1)), np.zeros((n, 1, o))) for n, i, o, _ in cases}
+    assert {case: _stays(case[-1], *of[case[:3]], "identity") for case in cases} == cases
+    assert not _stays(66, *of[11, 2, 3], "all")
+
+
+@pytest.mark.parametrize("tokens", [61, 67])
+def test_gradients_are_the_same_whether_the_sum_stays_or_is_formed_anew(tokens: int) -> None:
+    """x·(W + ΔW) differentiated in NumPy's float64: n=11, where the sum stays from 66 tokens on."""
+    n, i, o = 11, 2, 3
+    x, kernel, a, b, weight = drawn(tokens, n * i), drawn(n * i, n * o), drawn(n, i, 1), drawn(n, 1, o), drawn(n * o, 1)
+    spec = AdapterSpec(n=n, r=(1,) * n, alpha=tuple(range(1, n + 1)))
+
+    def loss(x: Any, a: Any, b: Any) -> Any:
+        return (merged_product(x, jnp.asarray(kernel), a, b, spec) @ weight).sum()
+
+    found = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(x, a, b)
+    wide = [array.astype(np.float64) for array in (x, kernel, a, b, weight)]
+    scaled = wide[2] * np.arange(1, n + 1)[:, None, None]
+    whole = wide[1].copy()
+    for k in range(n):
+        whole[k * i : (k + 1) * i, k * o : (k + 1) * o] += scaled[k] @ wide[3][k]
+    of_blocks = np.einsum("tni,no->nio", wide[0].reshape(tokens, n, i), wide[4].reshape(n, o))
+    to_a = of_blocks @ wide[3].swapaxes(1, 2) * np.arange(1, n + 1)[:, None, None]
+    expected = np.broadcast_to(wide[4].T @ whole.T, x.shape), to_a, scaled.swapaxes(1, 2) @ of_blocks
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5 * np.abs(other).max())
 
 
 @pytest.mark.parametrize(
