@@ -76,7 +76,7 @@ minis := --sweep n=1,4,8,16,32 r=1,8
 flat = .venv/bin/python -m train bench --rounds $$((3 * $(ROUNDS))) --targets all-linear --sweep n=1,32 r=1,8 \
 	--out results/speed
 
-speed: .venv/.test  ## the tables of results/speed.md: half an hour with ROUNDS=3, longer with nine
+speed: .venv/.test  ## the tables of results/speed.md: more than half an hour with ROUNDS=3
 	$(speed)/minilm.json --title "MiniLM"
 	$(speed)/minilm-minis.json --title "MiniLM, n and r" $(minis)
 	$(speed)/minilm-all.json --title "MiniLM, n and r, all linear layers" --targets all-linear $(minis)

@@ -36,10 +36,18 @@ def add_block_diagonal(
     if r == 1:
         delta = left.reshape(-1, 1) * right.reshape(1, -1)
     else:
-        products = jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
-        delta = jnp.tile(products.reshape(n * p, q), (1, n))
+        delta = jnp.tile(exact_product(left, right).reshape(n * p, q), (1, n))
     row, column = (np.arange(n).repeat(size).astype(np.int32) for size in (p, q))
     return jnp.where(row[:, None] == column, matrix + delta, matrix)
+
+
+def exact_product(left: Float[Array, "*n p r"], right: Float[Array, "*n r q"]) -> Float[Array, "*n p q"]:
+    """left @ right, exact to the dtype's rounding on every device.
+
+    >>> exact_product(jnp.array([[3.0, 5.0]]), jnp.array([[7.0], [11.0]])).tolist()
+    [[76.0]]
+    """
+    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
 
 
 def block_diagonal_product(x: Float[Array, "t np"], blocks: Float[Array, "n p q"]) -> Float[Array, "t nq"]:

@@ -121,7 +121,7 @@ class MELoRAConfig:
       scaling: `"mini"` alpha_k/r_k (the authors' code), `"total"` alpha/(n·r), `"rslora"` alpha/sqrt(n·r).
       mixer: `"identity"` MELoRA, `"all"` LoRA of rank r, `"shuffle"` GraLoRA, `"scatter"` MELoRA whose minis get the
         features in a fixed random order: the control for whether it matters which features a mini reads and writes.
-      strategy: how the product is computed: `"batched"`, `"packed"`, `"merged"` (W + ΔW is formed in each pass: for
+      strategy: how the product is computed: `"batched"`, `"packed"`, `"merged"` (W + ΔW is formed in each step: for
         dense layers of NNX models, without dropout), or `"auto"`. All give the same result. `"batched"` alone has a
         derivative in forward mode (`jax.jvp`) wherever it runs.
       targets: name suffixes (`["query", "value"]`), one regular expression matched against the whole path, or

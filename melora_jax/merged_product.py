@@ -1,4 +1,4 @@
-"""The strategy `merged`: a dense product with W + ΔW, formed anew at each pass, in place of two products and their sum.
+"""The strategy `merged`: a dense product with W + ΔW, formed anew at each step, in place of two products and their sum.
 
 Beside the base's own products there remain the gradients of the factors (`factor_gradients`).
 """
@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from melora_jax import blocks
-from melora_jax.block_diagonal import add_block_diagonal, block_diagonal
+from melora_jax.block_diagonal import add_block_diagonal, block_diagonal, exact_product
 from melora_jax.config import AdapterSpec, Mixer
 from melora_jax.factor_gradients import Scale, factor_gradients, takes_blocks
 from melora_jax.parallel import ParallelDot, at_own_part, own_part
@@ -97,8 +97,9 @@ _product.defvjp(_forward, _backward)
 def _stays(tokens: int, a: Array, b: Array, mixer: Mixer) -> bool:
     """Whether the backward pass may take the forward pass's W + ΔW, and need not wait for the factors' gradients.
 
-    It keeps a second processor busy while the blocks of xᵀg are had one after another. Over the frozen limit MiniLM's
-    step, all linear layers, takes 1.08 for 1.11 (n=32 r=1; 708 MB for 667) and 1.08 for 1.10 (n=8 r=8; 716 for 675). So
+    It may then be multiplied beside the blocks of xᵀg, which a second processor speeds up little (384 x 384, n=32: 1.25
+    ms for 1.73). Over the frozen limit MiniLM's step, all linear layers, takes 1.08 for 1.11 (n=32 r=1; 708 MB for 667)
+    and 1.08 for 1.10 (n=8 r=8; 716 for 675), SmolLM2's (n=8 r=8) 1.17 for 1.26, but 2,123 MB for 1,700. So it stays
     where W has at most a fifth of the entries of the layer's input and output. Not with few blocks, of which slices of
     x and g are held too (n=4 r=8 723 MB), nor with latents, which are held as well (n=8 r=1 714 as it is).
     """
@@ -131,8 +132,8 @@ def _formed(kernel: Array, a: Array, b: Array, scale: Scale, mixer: Mixer, own_a
         a = a * scale[:, None, :]
         if own_axis is None:
             return add_block_diagonal(kernel, a, b)
-        return kernel + _in_place(block_diagonal(_exact(a, b)), own_axis)
-    return kernel + _exact(*blocks.packed_factors(a, b, scale, mixer))
+        return kernel + _in_place(block_diagonal(exact_product(a, b)), own_axis)
+    return kernel + exact_product(*blocks.packed_factors(a, b, scale, mixer))
 
 
 def _in_place(delta: Array, own_axis: OwnAxis) -> Array:
@@ -140,10 +141,6 @@ def _in_place(delta: Array, own_axis: OwnAxis) -> Array:
     if own_axis is None:
         return delta
     return at_own_part(delta) if own_axis == 1 else at_own_part(delta.T).T
-
-
-def _exact(left: Array, right: Array) -> Array:
-    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
 
 
 def why_unmergeable(base: Any, spec: AdapterSpec) -> str | None:
