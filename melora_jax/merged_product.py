@@ -101,7 +101,8 @@ def _stays(tokens: int, a: Array, b: Array, mixer: Mixer) -> bool:
     ms for 1.73). Over the frozen limit MiniLM's step, all linear layers, takes 1.17 for 1.21 (n=4 r=8; 709 MB for 680)
     and 1.08 for 1.11 (n=32 r=1; 694 for 667), SmolLM2's (n=8 r=8) 1.17 for 1.26, but 2,123 MB for 1,700. So it stays
     where W has at most a fifth of the entries of the layer's input and output. Not where the output is the wider: 14 MB
-    more, and no faster (n=4 and n=8, r=8). Nor with latents, which are held as well (n=8 r=1 714 MB as it is).
+    more, and no faster for certain (n=4 and n=8, r=8). Nor with latents, which are held as well (n=8 r=1 714 MB as
+    it is).
     """
     (n, i, _), o = a.shape, b.shape[2]
     by_blocks = n >= KEPT_BLOCKS and takes_blocks(a, b, mixer)
