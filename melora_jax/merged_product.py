@@ -26,8 +26,6 @@ from melora_jax.slices import why_whole
 Precision = Any
 # The axis of a kernel along which a device's minis have only its own part over `tensor`; None: they have all of it.
 OwnAxis = int | None
-# From so many blocks on W + ΔW may stay from the forward pass to the backward pass (`_stays`).
-KEPT_BLOCKS = 4
 
 
 def merged_product(
@@ -98,15 +96,14 @@ def _stays(tokens: int, a: Array, b: Array, mixer: Mixer) -> bool:
     """Whether the backward pass may take the forward pass's W + ΔW, and need not wait for the factors' gradients.
 
     It may then be multiplied beside the blocks of xᵀg, which a second processor speeds up little (384 x 384, n=32: 1.25
-    ms for 1.73). Over the frozen limit MiniLM's step, all linear layers, takes 1.17 for 1.21 (n=4 r=8; 709 MB for 680)
-    and 1.08 for 1.11 (n=32 r=1; 694 for 667), SmolLM2's (n=8 r=8) 1.17 for 1.26, but 2,123 MB for 1,700. So it stays
-    where W has at most a fifth of the entries of the layer's input and output. Not where the output is the wider: 14 MB
-    more, and no faster for certain (n=4 and n=8, r=8). Nor with latents, which are held as well (n=8 r=1 714 MB as
-    it is).
+    ms for 1.73). Over the frozen limit MiniLM's step, all layers, takes 1.22 for 1.26 (n=2 r=16; 697 MB for 685),
+    1.17 for 1.21 (n=4 r=8; 709 for 680) and 1.08 for 1.11 (n=32 r=1; 694 for 667), SmolLM2's (n=8 r=8) 1.17 for 1.26,
+    but 2,123 MB for 1,700. So it stays where W has at most a fifth of the entries of the layer's input and output. Not
+    where the output is the wider: 14 MB more, and no faster for certain (n=4 and n=8, r=8). Nor with latents, which are
+    held as well (n=8 r=1 714 MB as it is).
     """
     (n, i, _), o = a.shape, b.shape[2]
-    by_blocks = n >= KEPT_BLOCKS and takes_blocks(a, b, mixer)
-    return by_blocks and o <= i and 5 * n * i * o <= tokens * (i + o)
+    return takes_blocks(a, b, mixer) and o <= i and 5 * n * i * o <= tokens * (i + o)
 
 
 def _after(gradient: Array, factor: Array) -> Array:

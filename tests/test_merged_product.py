@@ -122,9 +122,8 @@ def test_the_backward_pass_does_not_keep_the_sums_of_all_layers(name: str, monke
 
 
 def test_the_sum_stays_for_the_backward_pass_where_it_is_small_beside_many_rows() -> None:
-    """Where 5·33·22 is at most tokens·(33 + 22), from four blocks on, into no wider output; not with latents."""
+    """Where 5·33·22 is at most tokens·(33 + 22), into no wider output; not with latents."""
     cases = {(11, 3, 2, 66): True, (11, 3, 2, 65): False, (11, 2, 3, 210): False, (8, 192, 48, 2048): False}
-    cases |= {(5, 1, 1, 13): True, (3, 1, 1, 13): False}
     of = {(n, i, o): (np.zeros((n, i, 1)), np.zeros((n, 1, o))) for n, i, o, _ in cases}
     assert {case: _stays(case[-1], *of[case[:3]], "identity") for case in cases} == cases
     assert not _stays(66, *of[11, 3, 2], "all")
