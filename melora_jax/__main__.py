@@ -7,8 +7,8 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from melora_jax import conversion
-from melora_jax.inspection import inspect_adapter
+from melora_jax import commands
+from melora_jax.checkpoints.inspect import inspect_adapter
 
 _EXAMPLES = {
     "export": "python -m melora_jax export runs/first/adapter my-peft-adapter",
@@ -59,7 +59,7 @@ def _add_export(command: argparse.ArgumentParser) -> None:
     command.add_argument("--base", help=f"{_BASE}; only its config.json is read")
     command.set_defaults(
         run=lambda given: (
-            f"wrote {conversion.export_folder(given.adapter, given.folder, format=given.format, base=given.base)}"
+            f"wrote {commands.export_folder(given.adapter, given.folder, format=given.format, base=given.base)}"
         )
     )
 
@@ -68,13 +68,13 @@ def _add_merge(command: argparse.ArgumentParser) -> None:
     _add_folders(command, "adapter", "an adapter folder, ours or PEFT's")
     command.add_argument("--base", help=_BASE)
     command.set_defaults(
-        run=lambda given: f"wrote {conversion.merge_folder(given.adapter, given.folder, base=given.base)}"
+        run=lambda given: f"wrote {commands.merge_folder(given.adapter, given.folder, base=given.base)}"
     )
 
 
 def _add_import(command: argparse.ArgumentParser) -> None:
     _add_folders(command, "source", "adapter_config.json with adapter_model.safetensors or adapter_model.bin")
-    command.set_defaults(run=lambda given: f"wrote {conversion.import_folder(given.source, given.folder)}")
+    command.set_defaults(run=lambda given: f"wrote {commands.import_folder(given.source, given.folder)}")
 
 
 def _add_inspect(command: argparse.ArgumentParser) -> None:
@@ -89,7 +89,7 @@ def _add_compress(command: argparse.ArgumentParser) -> None:
     command.add_argument("--base", help="folder or hub id of the checkpoint before the fine-tuning")
     command.add_argument("--targets", nargs="+", default=[], help="layers to compress, by suffix; by default all dense")
     command.set_defaults(
-        run=lambda given: conversion.compress_folder(
+        run=lambda given: commands.compress_folder(
             given.source, given.folder, n=given.n, r=given.r, base=given.base, targets=given.targets
         )
     )

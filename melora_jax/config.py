@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from melora_jax import checks
+from melora_jax import validation
 from melora_jax.patterns import first_match
 
 Scaling = Literal["mini", "total", "rslora"]
@@ -61,10 +61,10 @@ class AdapterSpec:
     variant: Variant = "plain"
 
     def __post_init__(self) -> None:
-        checks.check_choices(self, _CHOICES)
-        checks.check_number("dropout", self.dropout, low=0.0, below=1.0)
-        checks.check_count("n", self.n)
-        for name, check in (("r", checks.check_count), ("alpha", checks.check_alpha)):
+        validation.check_choices(self, _CHOICES)
+        validation.check_number("dropout", self.dropout, low=0.0, below=1.0)
+        validation.check_count("n", self.n)
+        for name, check in (("r", validation.check_count), ("alpha", validation.check_alpha)):
             values = getattr(self, name)
             for value in values:
                 check(name, value)
@@ -82,7 +82,7 @@ class AdapterSpec:
         if self.mixer == "shuffle" and self.r[0] % self.n:
             sizes = f"n={self.n}, r={self.r[0]}"
             raise ValueError(f'mixer="shuffle" needs n to divide r: {sizes}; choose r from multiples of {self.n}')
-        checks.check_start(self)
+        validation.check_start(self)
 
     @property
     def latents(self) -> int:
@@ -170,21 +170,21 @@ class MELoRAConfig:
 
     def __post_init__(self) -> None:
         for name in _NAMES:
-            checks.check_names(name, getattr(self, name), regex=name != "modules_to_save")
-        checks.check_layers(self.layers)
+            validation.check_names(name, getattr(self, name), regex=name != "modules_to_save")
+        validation.check_layers(self.layers)
         for name in _PATTERNS:
-            checks.check_pattern_table(name, getattr(self, name))
+            validation.check_pattern_table(name, getattr(self, name))
         self._normalise()
         for name, check, values in (
-            ("n", checks.check_count, [self.n, *self.n_pattern.values()]),
-            ("r", checks.check_count, [self.r, *self.rank_pattern.values()]),
-            ("alpha", checks.check_alpha, [self.alpha, *self.alpha_pattern.values()]),
+            ("n", validation.check_count, [self.n, *self.n_pattern.values()]),
+            ("r", validation.check_count, [self.r, *self.rank_pattern.values()]),
+            ("alpha", validation.check_alpha, [self.alpha, *self.alpha_pattern.values()]),
         ):
             for value in values:
                 for entry in value if isinstance(value, tuple) and name != "n" else (value,):
                     check(name, entry)
-        checks.check_choices(self, {"bias": get_args(Bias)})
-        checks.check_trained(self)
+        validation.check_choices(self, {"bias": get_args(Bias)})
+        validation.check_trained(self)
         self.spec("")  # checks the rest
 
     def _normalise(self) -> None:

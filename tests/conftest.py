@@ -28,7 +28,7 @@ import hypothesis
 import jax
 import pytest
 
-from train.assets import assets_cache, fetch_human_eval, fetch_minilm, fetch_movie_reviews, fetch_smollm2
+from train.assets.assets import assets_cache, fetch_human_eval, fetch_minilm, fetch_movie_reviews, fetch_smollm2
 
 # No deadlines: the first example of a property compiles. Derandomised, so that a red run can be had again.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, database=None)

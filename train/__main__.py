@@ -12,8 +12,8 @@ from typing import TextIO
 from rich.console import Console
 from rich.markup import escape
 
-from train.errors import RunError
-from train.heap import use_one_arena
+from train.loop.memory import use_one_arena
+from train.run_folder.errors import RunError
 
 USAGE = """usage: python -m train COMMAND ...
 
@@ -36,11 +36,11 @@ example: python -m train run train/recipes/local.toml --data.train my.jsonl --da
 
 def command_run(words: Sequence[str]) -> int:
     """One fine-tuning run."""
-    from train.config import from_toml, settings_of
-    from train.experiment import prepare
-    from train.finish import finish
-    from train.hosts import is_first, join, meet, require_equal
-    from train.loop import describe_stop, exit_code, run
+    from train.config.run_config import from_toml, settings_of
+    from train.hosts.hosts import is_first, join, meet, require_equal
+    from train.loop.finish import finish
+    from train.loop.loop import describe_stop, exit_code, run
+    from train.loop.setup import prepare
 
     if not words or words[0].startswith("-"):
         raise ValueError(
@@ -71,14 +71,14 @@ def command_run(words: Sequence[str]) -> int:
 
 def command_sweep(words: Sequence[str]) -> int:
     """A grid of runs, trained as populations."""
-    from train.sweep import sweep
+    from train.commands.sweep import sweep
 
     return sweep(words)
 
 
 def command_generate(words: Sequence[str]) -> int:
     """Text from a decoder, plain or fine-tuned."""
-    from train.generate import generate
+    from train.commands.generate import generate
 
     return generate(words)
 
@@ -92,21 +92,21 @@ def command_eval(words: Sequence[str]) -> int:
 
 def command_demo(words: Sequence[str]) -> int:
     """The four methods of `make demo`."""
-    from train.demo import demo
+    from train.demo.reviews import demo
 
     return demo(words)
 
 
 def command_demo_chat(words: Sequence[str]) -> int:
     """The two methods of `make demo-chat`."""
-    from train.demo_chat import demo_chat
+    from train.demo.chat import demo_chat
 
     return demo_chat(words)
 
 
 def command_report(words: Sequence[str]) -> int:
     """The report of a run, from its folder's files."""
-    from train.report import write_report
+    from train.report.report import write_report
 
     if len(words) != 1:
         raise ValueError("which run? e.g. python -m train report runs/local")
@@ -116,42 +116,42 @@ def command_report(words: Sequence[str]) -> int:
 
 def command_bench(words: Sequence[str]) -> int:
     """Step times as ratios."""
-    from train.bench import bench
+    from train.lab.bench.bench import bench
 
     return bench(words)
 
 
 def command_glue(words: Sequence[str]) -> int:
     """A table of GLUE tasks by methods."""
-    from train.glue_table import glue
+    from train.commands.glue import glue
 
     return glue(words)
 
 
 def command_study(words: Sequence[str]) -> int:
     """What a table says about n and r."""
-    from train.study import study
+    from train.commands.study import study
 
     return study(words)
 
 
 def command_bench_population(words: Sequence[str]) -> int:
     """A population's step against those of its members."""
-    from train.bench_population import bench_population
+    from train.lab.bench.population import bench_population
 
     return bench_population(words)
 
 
 def command_plan(words: Sequence[str]) -> int:
     """The memory of a run, before it is made."""
-    from train.plan import plan
+    from train.commands.plan import plan
 
     return plan(words)
 
 
 def command_crash_test(words: Sequence[str]) -> int:
     """A run killed at random moments, against one left alone."""
-    from train.crashes import crash_test
+    from train.lab.crash.crashes import crash_test
 
     return crash_test(words)
 

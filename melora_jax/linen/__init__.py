@@ -15,7 +15,7 @@ During `apply` a method interceptor adds the adapters' outputs. The factors go t
 the kernels they belong to: stacked as the kernel by `nn.scan` and `nn.vmap`, once for a layer that is called twice.
 """
 
-from melora_jax.linen.adapted import AdaptedModule
-from melora_jax.linen.adapting import adapt
+from melora_jax.linen.adapt import adapt
+from melora_jax.linen.adapted_module import AdaptedModule
 
 __all__ = ["AdaptedModule", "adapt"]

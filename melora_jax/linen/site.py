@@ -9,12 +9,12 @@ from typing import Any
 import jax
 from flax.core import meta
 
-from melora_jax.blocks import init_factors, start_key
 from melora_jax.config import AdapterSpec, Strategy
-from melora_jax.linen.calls import Layer
+from melora_jax.core.adapter_update import attend_update, merged_kernel, update_of
+from melora_jax.core.blocks import init_factors, start_key
+from melora_jax.core.dense_view import unadaptable, view_at_call
+from melora_jax.linen.trace import Layer
 from melora_jax.linen.tree import Flat, Path, parts
-from melora_jax.update import attend_update, merged_kernel, update_of
-from melora_jax.views import unadaptable, view_at_call
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from melora_jax.dropout import dropout_key
+from melora_jax.core.dropout import dropout_key
 
 
 def dropout_on(key: jax.Array | None) -> contextlib.AbstractContextManager[None]:

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 import melora_jax as mj
-from train.chat import adapter_folder, read_tokenizer
+from train.chat.speaker import adapter_folder, read_tokenizer
 from train.harness.results import Report, results_table, write_results
 
 _SHOT_SEED = 1234  # lm-eval's own
@@ -105,7 +105,7 @@ def evaluate(words: Sequence[str]) -> int:
 
 def _chosen(options: Options) -> Any:
     """The tasks, as far as they can be known without their data."""
-    from train.harness.sandbox import require_sandbox
+    from train.harness.sandbox.sandbox import require_sandbox
     from train.harness.tasks import choose_tasks
 
     names = list(dict.fromkeys(name.strip() for name in options.tasks.split(",") if name.strip()))

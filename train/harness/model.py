@@ -14,11 +14,11 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from train.chat import Manner, Speaker
-from train.errors import RunError
+from train.chat.speaker import Manner, Speaker
 from train.harness.batches import Pair, make_batches, power_of_two
 from train.harness.progress import Progress
 from train.harness.scoring import Scorer
+from train.run_folder.errors import RunError
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 import melora_jax as mj
-from train.record import replace_text
+from train.run_folder.log import replace_text
 
 _PACKAGES = ("lm_eval", "jax", "jaxlib", "flax", "transformers", "datasets", "numpy")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from train.assets import assets_cache, fetch_movie_reviews
-from train.files import read_table
+from train.assets.assets import assets_cache, fetch_movie_reviews
+from train.data.files import read_table
 
 
 def movie_reviews(**_: Any) -> Any:

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from lm_eval.tasks import TaskManager
 
-from train.files import find_rows, read_table
-from train.readers import READERS
+from train.data.files import find_rows, read_table
+from train.data.readers import READERS
 
-TASKS = Path(__file__).resolve().parents[1] / "tasks"
+TASKS = Path(__file__).with_name("task_files")
 
 
 @dataclasses.dataclass(frozen=True)

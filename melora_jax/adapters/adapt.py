@@ -1,0 +1,192 @@
+"""Model surgery: which modules of a model match a config, and what takes their place.
+
+`adapt` changes a model in place. Everything is checked before anything is changed, so a model that it refuses is as it
+was.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import jax
+from flax import nnx
+
+from melora_jax.adapters.melora import MELoRADense
+from melora_jax.adapters.params import BaseParam, FrozenParam, MELoRAParam, freeze, in_float32, trained
+from melora_jax.adapters.plan import Plan, plan_sites
+from melora_jax.adapters.probing import check_outputs_move
+from melora_jax.adapters.tensor_parallel import factor_sharding, whole_notes
+from melora_jax.adapters.variants import layer_type
+from melora_jax.checkpoints.peft.servers import rank_note, served_rank
+from melora_jax.config import MELoRAConfig
+from melora_jax.core.blocks import start_key
+from melora_jax.core.report import Adaptation, Site
+from melora_jax.nn.scan_layers import is_stacked, unstacked
+from melora_jax.nn.sharding import put
+from melora_jax.nn.tree import path_of, rewrite, walk
+
+CONFIG_ATTRIBUTE = "melora_config"
+
+_log = logging.getLogger("melora_jax")
+
+
+def adapt(model: nnx.Module, config: MELoRAConfig, *, rngs: nnx.Rngs, probe: Any = None) -> Adaptation:
+    """Puts mini-adapters into `model`, in place, and freezes the rest.
+
+    Every `nnx.Param` becomes a `FrozenParam`, but for those of `modules_to_save`, and those that `bias` or `train_base`
+    trains, which become `BaseParam`; both are cast to float32. Each matched layer becomes a `MELoRADense` around the
+    layer it was. Shared layers and tied variables stay shared.
+
+    Args:
+      model: any tree of NNX modules, lists, dicts and tuples.
+      config: what to adapt.
+      rngs: source of the factors' start values. Each site folds in its path, so they do not depend on the
+        order of the sites or on which others there are.
+      probe: inputs of one forward pass, a tuple of positional arguments (or one array). If given, each adapter is
+        perturbed and the output must move; a host that reads a layer's kernel instead of calling it is found so.
+
+    Returns:
+      An `Adaptation`: sites and parameter counts.
+
+    Raises:
+      ValueError: the model has adapters already, or its layers are stacked; a target, override, exclusion or module to
+        save matches nothing; a matched module can't be adapted or n does not divide it; the probe finds a site without
+        effect. The message names the path and the remedy, and the model is left as it was.
+
+    >>> model = nnx.Sequential(nnx.Linear(4, 6, rngs=nnx.Rngs(0)), nnx.relu)
+    >>> config = MELoRAConfig(n=2, r=1, targets="all-linear", strategy="packed")
+    >>> print(adapt(model, config, rngs=nnx.Rngs(0)))
+    site      d_in  d_out  n  r  rank  parameters  strategy
+    layers/0     4      6  2  1     2          10  packed
+    adapters 10 + head 0 = 10 trainable (25.00 %), 30 frozen
+    """
+    if is_stacked(model):
+        raise ValueError(
+            "the model's layers are stacked; adapt it first, or take them apart with unstack_layers(model)"
+        )
+    if probe is not None:
+        trial = nnx.clone(model)
+        _put_adapters(trial, config, nnx.Rngs(0))
+        check_outputs_move(trial, list(adapters_of(trial).values()), probe)
+    _put_adapters(model, config, rngs)
+    adaptation = describe(model)
+    _warn_of_rank(adaptation)
+    return adaptation
+
+
+def _put_adapters(model: nnx.Module, config: MELoRAConfig, rngs: nnx.Rngs) -> None:
+    plan = plan_sites(model, config)
+    key = rngs.params()
+    wrapped: dict[int, MELoRADense] = {}
+    for identity, site in plan.sites.items():
+        own = nnx.Rngs(start_key(key, site.path))
+        wrapped[identity] = layer_type(site.spec).wrap(site.layer, site.spec, path=site.path, rngs=own)
+        _place_factors(wrapped[identity])
+    _freeze_base(model, plan)
+    rewrite(model, lambda path, node: wrapped.get(id(node), node))
+    setattr(model, CONFIG_ATTRIBUTE, config)
+
+
+def _warn_of_rank(adaptation: Adaptation) -> None:
+    """Says before any training that a serving engine will not take the adapters."""
+    rank = max((site.rank for site in adaptation.sites), default=0)
+    if rank and served_rank(rank) is None:
+        _log.warning("exported as plain LoRA, these adapters have rank %d, %s", rank, rank_note(rank))
+
+
+def _place_factors(layer: MELoRADense) -> None:
+    """Puts fresh factors on the mesh that the base's kernel lies on."""
+    sharding = factor_sharding(layer.kernel_variable.get_raw_value(), layer.spec)
+    if sharding is not None:
+        for factor in (layer.a, layer.b):
+            factor.set_value(put(factor[...], sharding))
+
+
+def _freeze_base(model: nnx.Module, plan: Plan) -> None:
+    """Re-types parameters: those that are trained stay `nnx.Param`, in float32; all others become `FrozenParam`."""
+    fresh: dict[int, nnx.Variable] = {}
+
+    def swap(path: Any, node: Any) -> Any:
+        if not isinstance(node, nnx.Param):
+            return node
+        if id(node) not in fresh:
+            retype = _as_float32 if id(node) in plan.saved_variables else freeze
+            fresh[id(node)] = (trained if id(node) in plan.base_variables else retype)(node)
+        return fresh[id(node)]
+
+    rewrite(model, swap)
+
+
+def _as_float32(variable: nnx.Variable) -> nnx.Variable:
+    # The layer's own dtype still sets how it computes.
+    value = in_float32(variable.get_raw_value())
+    return variable if value.dtype == variable.dtype else type(variable).from_metadata(value, variable.get_metadata())
+
+
+def adapters_of(model: nnx.Module) -> dict[str, MELoRADense]:
+    """The adapted layers of a model by path, each once, in the order of the tree."""
+    found: dict[int, tuple[str, MELoRADense]] = {}
+    for path, node in walk(model):
+        if isinstance(node, MELoRADense):
+            found.setdefault(id(node), (path_of(path), node))
+    return dict(found.values())
+
+
+def config_of(model: nnx.Module) -> MELoRAConfig:
+    """The config that `model` was adapted with.
+
+    Raises:
+      ValueError: it was not.
+    """
+    config = getattr(model, CONFIG_ATTRIBUTE, None)
+    if config is None:
+        kind = type(model).__name__
+        raise ValueError(f"{kind} was not adapted; call melora_jax.adapt(model, config, rngs=...) first")
+    return config
+
+
+def require_live(model: nnx.Module) -> None:
+    """Raises ValueError if a step that donates its state has deleted one of the model's arrays."""
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        value = variable.get_raw_value()
+        if isinstance(value, jax.Array) and value.is_deleted():
+            raise ValueError(
+                f"the array of {path_of(path)} is gone: a training step has taken it over; call nnx.update(model, "
+                "state.trainable, state.host) with the step's newest state first"
+            )
+
+
+def describe(model: nnx.Module) -> Adaptation:
+    """The `Adaptation` of a model that was adapted, counted afresh.
+
+    Raises:
+      ValueError: the model was not adapted.
+    """
+    config = config_of(model)
+    adapters = adapters_of(unstacked(model, nnx.Nothing()))
+    sites = tuple(_site(path, layer) for path, layer in adapters.items())
+    return Adaptation(
+        sites=sites,
+        adapter=sum(site.parameters for site in sites),
+        head=_size_of(model, nnx.Param) - _size_of(model, MELoRAParam) - _size_of(model, BaseParam),
+        base=_size_of(model, BaseParam),
+        frozen=_size_of(model, FrozenParam),
+        saved=tuple(config.modules_to_save),
+        notes=whole_notes(
+            (path, layer.kernel_variable.get_raw_value(), layer.spec) for path, layer in adapters.items()
+        ),
+    )
+
+
+def _size_of(model: nnx.Module, kind: type[nnx.Variable]) -> int:
+    return sum(math.prod(variable.shape) for _, variable in nnx.to_flat_state(nnx.state(model, kind)))
+
+
+def _site(path: str, layer: MELoRADense) -> Site:
+    spec, view = layer.spec, layer.view
+    parameters = spec.parameters(view.d_in, view.d_out)
+    return Site(
+        path, view.d_in, view.d_out, spec.n, spec.r, spec.rank, parameters, spec.scaling, spec.mixer, layer.strategy
+    )

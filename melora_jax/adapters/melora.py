@@ -1,0 +1,244 @@
+"""`MELoRADense`: a dense layer with an adapter.
+
+The tree of a layer before and after `adapt`::
+
+    query                       query
+      kernel  Param               base
+      bias    Param                 kernel  FrozenParam
+                                    bias    FrozenParam
+                                  a         MELoRAParam  [n i r]
+                                  b         MELoRAParam  [n r o]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AbstractMesh
+
+from melora_jax import validation
+from melora_jax.adapters.params import MELoRAParam, freeze
+from melora_jax.adapters.tensor_parallel import product_with_adapter
+from melora_jax.config import AdapterSpec, Init, Mixer, Scaling, Strategy, Variant
+from melora_jax.core import blocks
+from melora_jax.core.adapter_update import (
+    Adapter,
+    attend_update,
+    in_dtype_of,
+    merged_kernel,
+    output_with_update,
+    update_of,
+)
+from melora_jax.core.dense_view import DenseView, checked_view, view_at_call, view_of
+from melora_jax.core.products.layer_strategy import chosen_strategy, strategy_on, sums_whole
+from melora_jax.core.products.merged import merged_output, why_unmergeable_on
+from melora_jax.nn.parallel import ParallelDot
+from melora_jax.nn.quantized import QuantizedLinear
+from melora_jax.nn.sharding import DATA, FSDP, active_mesh
+
+
+class MELoRADense(nnx.Module):
+    """A frozen dense layer plus n mini-adapters, each on its own slice of the input and the output.
+
+        y = x·W + bias + concat_k( s_k · drop(x_k)·A_k·B_k )
+
+    Source: MELoRA (arXiv 2402.17263), section 3.2. `MELoRADense(d_in, d_out, ...)` makes a new layer for people who
+    write models; `MELoRADense.wrap(layer, ...)` is what `adapt` puts around an existing one.
+
+    Args:
+      d_in, d_out: sizes of the input and the output. Input `[..., d_in]`, output `[..., d_out]`.
+      n, r, alpha, dropout, scaling, mixer, strategy, init: as in `MELoRAConfig`.
+      use_bias, param_dtype: whether a new base has a bias, and the dtype of its parameters. The factors are float32.
+      dtype: dtype of the computation; `None` promotes the input's and the parameters'.
+      base: the layer to put the adapter on; by default a new, frozen `nnx.Linear`.
+      path: name of the layer's dropout stream; layers of the same path draw one after another.
+      rngs: source of the start values.
+
+    Raises:
+      ValueError: n does not divide a size, or the settings contradict each other.
+
+    >>> layer = MELoRADense(8, 12, n=4, r=1, rngs=nnx.Rngs(0))
+    >>> layer(jnp.ones((2, 8))).shape, layer.a.shape, layer.b.shape
+    ((2, 12), (4, 2, 1), (4, 1, 3))
+    """
+
+    variant: ClassVar[Variant] = "plain"
+    extras: ClassVar[tuple[str, ...]] = ()  # the variables that make up the adapter beside a and b
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        *,
+        n: int = 8,
+        r: int | Sequence[int] = 1,
+        alpha: float | Sequence[float] = 16.0,
+        dropout: float = 0.0,
+        scaling: Scaling = "mini",
+        mixer: Mixer = "identity",
+        strategy: Strategy = "auto",
+        init: Init = "kaiming",
+        use_bias: bool = True,
+        dtype: jax.typing.DTypeLike | None = None,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+        base: nnx.Module | None = None,
+        path: str = "",
+        rngs: nnx.Rngs,
+    ):
+        self.spec = AdapterSpec(
+            n=n,
+            r=tuple(r) if isinstance(r, Sequence) else (r,) * n,
+            alpha=tuple(map(float, alpha)) if isinstance(alpha, Sequence) else (float(alpha),) * n,
+            dropout=dropout,
+            scaling=scaling,
+            mixer=mixer,
+            strategy=strategy,
+            init=init,
+            dtype=None if dtype is None else jnp.dtype(dtype).name,
+            variant=self.variant,
+        )
+        validation.check_sizes(d_in, d_out, n, path or type(self).__name__)
+        if base is None:
+            base = nnx.Linear(d_in, d_out, use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+            for name, parameter in nnx.state(base, nnx.Param).items():
+                setattr(base, str(name), freeze(parameter))
+        self.base: Any = base
+        self.path = path
+        a, b = self._start(rngs.params(), d_in, d_out)
+        self.a = MELoRAParam(a)
+        self.b = MELoRAParam(b)
+        self.strategy: Strategy = self._chosen_strategy()
+
+    @classmethod
+    def wrap(cls, layer: nnx.Module, spec: AdapterSpec, *, path: str, rngs: nnx.Rngs) -> MELoRADense:
+        """Puts an adapter around `layer`, which stays the object it was, its parameters typed as they were.
+
+        Args:
+          layer: an `nnx.Linear`, `LinearGeneral`, `Einsum` or `Embed`.
+          spec: the adapter.
+          path: the layer's place in its model, for errors and the dropout stream.
+          rngs: source of A's start values.
+
+        Raises:
+          ValueError: a layer without a flat kernel, or sizes that n does not divide.
+        """
+        view = cls.checked(layer, spec, path)
+        options = dataclasses.asdict(spec)
+        del options["variant"]
+        return cls(view.d_in, view.d_out, **options, base=layer, path=path, rngs=rngs)
+
+    @classmethod
+    def checked(cls, layer: nnx.Module, spec: AdapterSpec, path: str) -> DenseView:
+        """The flat view of a layer that this adapter can be put on.
+
+        Raises:
+          ValueError: it has none, or n does not divide it; both name the path and the remedy.
+        """
+        return checked_view(layer, spec.n, path)
+
+    def _start(self, key: jax.Array, d_in: int, d_out: int) -> tuple[jax.Array, jax.Array]:
+        """Start values of a and b."""
+        return blocks.init_factors(key, d_in, d_out, self.spec)
+
+    @property
+    def product(self) -> Adapter:
+        """The settings of the product x·A·B that is computed, of whose factors `factors` are."""
+        return self
+
+    def factors(self) -> tuple[jax.Array, jax.Array]:
+        """A and B as they are multiplied, `[n i r]` and `[n r o]`."""
+        return self.a[...], self.b[...]
+
+    @property
+    def view(self) -> DenseView:
+        """How the base layer's input, output and kernel lie flat."""
+        return view_of(self.base)
+
+    @property
+    def kernel_variable(self) -> nnx.Variable:
+        """The base's kernel: an Embed's is its table, and the codes stand for one that is quantised."""
+        return self.base.codes if isinstance(self.base, QuantizedLinear) else getattr(self.base, self.view.kernel_name)
+
+    @property
+    def scale(self) -> np.ndarray:
+        """s_k for each latent of `factors`, [n r]."""
+        return blocks.scale_of(self.product.spec)
+
+    def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        """The base layer's output plus the adapter's; further arguments go to the base layer."""
+        mesh = self._own_mesh()
+        if self.strategy == "merged" and self._merges(x, mesh):
+            return merged_output(self.base, x, *self.factors(), self.spec, mesh)
+        if mesh is not None:
+            return product_with_adapter(
+                self.base, mesh, x, self._factors_for, self.scale, self.product.spec, self.strategy, self.path
+            )
+        y = self.base(x, *args, **kwargs)
+        given = self.product, self._view_for_call(*args, **kwargs), x, y, *self.factors()
+        n, _, r = self.a.shape
+        return output_with_update(*given) if sums_whole(self.base, n, r) else y + update_of(*given)
+
+    def _chosen_strategy(self) -> Strategy:
+        product, kind = self.product.spec, type(self)
+        variant = None if kind is MELoRADense else kind.__name__
+        return chosen_strategy(self.base, self.spec, product.n * max(product.r), variant, self.path)
+
+    def _own_mesh(self) -> AbstractMesh | None:
+        """The mesh in force, if the base is one of our layers and so cuts its product itself."""
+        return active_mesh() if isinstance(getattr(self.base, "dot_general", None), ParallelDot) else None
+
+    def _merges(self, x: jax.Array, mesh: AbstractMesh | None) -> bool:
+        if mesh is not None and why_unmergeable_on(mesh, self.base, self.spec):
+            return False
+        devices = 1 if mesh is None else mesh.shape[DATA] * mesh.shape[FSDP]
+        return self.strategy_for(x.size // x.shape[-1] // devices) == "merged"
+
+    def strategy_for(self, tokens: int) -> Strategy:
+        """What `strategy` stands for with so many tokens on a device: "auto" forms W + ΔW where that pays."""
+        return strategy_on(tokens, self.strategy, self.spec.strategy, self.a.shape, self.b.shape)
+
+    def _factors_for(self, y: jax.Array | jax.ShapeDtypeStruct) -> tuple[jax.Array, jax.Array]:
+        """A and B in the dtype of the computation."""
+        a, b = self.factors()
+        return in_dtype_of(self, a, y), in_dtype_of(self, b, y)
+
+    def _view_for_call(self, *args: Any, **kwargs: Any) -> DenseView:
+        """The base's view, or that of an equation given to an Einsum at the call."""
+        equation = args[0] if args else kwargs.get("einsum_str")
+        if not isinstance(self.base, nnx.Einsum) or not isinstance(equation, str):
+            return self.view
+        return view_at_call(equation, self.base.einsum_str, tuple(self.base.kernel_shape), self.path)
+
+    def attend(self, query: jax.Array, **kwargs: Any) -> jax.Array:
+        """An adapted embedding used as output layer: query·(E + ΔE)ᵀ, `[..., features]` to `[..., num_embeddings]`."""
+        if not isinstance(self.base, nnx.Embed):
+            raise AttributeError(f"{type(self.base).__name__!r} at {self.path} has no attend; only an Embed has")
+        y = self.base.attend(query, **kwargs)
+        return y + attend_update(self.product, self.view, query, y, *self.factors())
+
+    def delta(self) -> jax.Array:
+        """ΔW as a flat `[d_in, d_out]` array in float32."""
+        return blocks.delta(*self.factors(), self.scale, self.spec.mixer)
+
+    def packed_factors(self) -> tuple[jax.Array, jax.Array]:
+        """Plain LoRA factors, `[d_in, R]` and `[R, d_out]`, whose product is ΔW (in DoRA, before its normalisation)."""
+        return blocks.packed_factors(*self.factors(), self.scale, self.spec.mixer)
+
+    def merged(self) -> jax.Array:
+        """W + ΔW in the base kernel's layout and dtype, summed in float32 at least."""
+        return merged_kernel(
+            self.product.spec, self.view, getattr(self.base, self.view.kernel_name)[...], *self.factors()
+        )
+
+    # Hosts read these off a layer; they see the base's. A host that computes with `kernel` itself, instead of
+    # calling the layer, bypasses the adapter: `adapt(..., probe=...)` finds that.
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or "base" not in vars(self):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.base, name)

@@ -1,0 +1,83 @@
+"""`PiSSADense`: an adapter that starts at the principal part of its kernel's diagonal blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from melora_jax.adapters.melora import MELoRADense
+from melora_jax.adapters.params import StartParam
+from melora_jax.config import AdapterSpec, Strategy
+from melora_jax.core.adapter_update import Adapter
+from melora_jax.core.dense_view import DenseView, refuse_mesh, unadaptable
+from melora_jax.core.initializers import difference, difference_spec, from_kernel, principal_factors
+from melora_jax.nn.quantized import QuantizedLinear
+
+
+class PiSSADense(MELoRADense):
+    """MELoRA that starts at the principal singular directions of each diagonal block of W.
+
+        y = x·W + bias + concat_k( s_k · x_k·(A_k·B_k - A_k0·B_k0) ),    s_k·A_k0·B_k0 = best rank-r_k part of W_kk
+
+    which is PiSSA's x·(W - s·A_0·B_0) + s·x·A·B: equal in function and gradients, with the base bit for bit as it was.
+    For n=1 it is PEFT's `init_lora_weights="pissa"`. `a_start` and `b_start` are saved with the adapter; as plain
+    LoRA it has rank 2·Σ r_k.
+
+    Source: PiSSA (arXiv 2404.02948), section 3.
+
+    Args and Raises: as `MELoRADense`; a quantised layer, a mesh, or a rank above a block's smaller side is refused.
+
+    >>> layer = PiSSADense(8, 12, n=4, r=2, init="pissa", rngs=nnx.Rngs(0))
+    >>> layer.a_start.shape, layer.packed_factors()[0].shape
+    ((4, 2, 2), (8, 16))
+    """
+
+    extras = ("a_start", "b_start")
+
+    @classmethod
+    def checked(cls, layer: nnx.Module, spec: AdapterSpec, path: str) -> DenseView:
+        """As `MELoRADense.checked`; a quantised layer, or one on a mesh, is refused too."""
+        view = super().checked(layer, spec, path)
+        if isinstance(layer, QuantizedLinear):
+            raise unadaptable(path, f"init='pissa' splits a kernel, and this one is quantised to {layer.qtype}")
+        refuse_mesh(getattr(layer, view.kernel_name), "init='pissa'", path)
+        return view
+
+    def _start(self, key: jax.Array, d_in: int, d_out: int) -> tuple[jax.Array, jax.Array]:
+        view, kernel = self.view, self.kernel_variable.get_raw_value()
+        try:
+            start = from_kernel(lambda kernel: principal_factors(view.flatten_kernel(kernel), self.spec), kernel)
+        except ValueError as error:
+            raise ValueError(f"{error} (at {self.path})" if self.path else str(error)) from None
+        self.a_start, self.b_start = map(StartParam, start)
+        # copies: a step that donates the factors must not take their start along
+        return from_kernel(jnp.copy, start[0]), from_kernel(jnp.copy, start[1])
+
+    @property
+    def product(self) -> Adapter:
+        """The difference, as a plain adapter of twice the ranks."""
+        return _Difference(difference_spec(self.spec), self)
+
+    def factors(self) -> tuple[jax.Array, jax.Array]:
+        """Factors of A·B - A_0·B_0, `[n i 2r]` and `[n 2r o]`."""
+        return difference(self.a[...], self.b[...], self.a_start[...], self.b_start[...])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Difference:
+    """The settings of the product that a layer computes."""
+
+    spec: AdapterSpec
+    layer: Any
+
+    @property
+    def strategy(self) -> Strategy:
+        return self.layer.strategy
+
+    @property
+    def path(self) -> str:
+        return self.layer.path

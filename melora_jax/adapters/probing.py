@@ -1,0 +1,57 @@
+"""Finds adapters that the host model bypasses, by perturbing each and looking at the output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from melora_jax.adapters.melora import MELoRADense
+from melora_jax.adapters.params import MELoRAParam
+
+
+def check_outputs_move(model: nnx.Module, layers: list[MELoRADense], probe: Any) -> None:
+    """Runs `model` on `probe` once as it is and once for each adapter with a non-zero B.
+
+    Args:
+      model: an adapted model; its factors and state are the same afterwards.
+      layers: its adapters.
+      probe: positional arguments as a tuple, or one array.
+
+    Raises:
+      ValueError: naming the sites whose perturbation leaves every output as it was.
+    """
+    arguments = probe if isinstance(probe, tuple) else (probe,)
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def run(state: nnx.State) -> list[jax.Array]:
+        return jax.tree.leaves(nnx.merge(graphdef, state, copy=True)(*arguments))
+
+    base = run(state)
+    still = [layer.path for layer in layers if not _moved(base, run(_perturbed(model, layer)))]
+    if still:
+        raise ValueError(
+            f"the adapter at {', '.join(still)} does not change the model's output: the model reads the layer's kernel "
+            "instead of calling the layer; leave it out of targets, or call the layer"
+        )
+
+
+def _perturbed(model: nnx.Module, layer: MELoRADense) -> nnx.State:
+    """The model's state with ones in this layer's B, and what else of it may start at zero; the model as it was."""
+    moved = [getattr(layer, name) for name in ("b", *layer.extras)]
+    moved = [variable for variable in moved if isinstance(variable, MELoRAParam)]
+    kept = [variable[...] for variable in moved]
+    for variable, value in zip(moved, kept, strict=True):
+        variable[...] = jnp.ones_like(value)
+    state = jax.tree.map(lambda leaf: leaf, nnx.state(model))
+    for variable, value in zip(moved, kept, strict=True):
+        variable[...] = value
+    return state
+
+
+def _moved(before: list[jax.Array], after: list[jax.Array]) -> bool:
+    return any(not np.array_equal(x, y, equal_nan=True) for x, y in zip(before, after, strict=True))

@@ -1,0 +1,207 @@
+"""The strategy `merged`: a dense product with W + ΔW, formed anew at each step, in place of two products and their sum.
+
+Beside the base's own products there remain the gradients of the factors (`factor_gradients`).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AbstractMesh, PartitionSpec
+from jaxtyping import Array, Float
+
+from melora_jax.adapters.tensor_parallel import why_whole
+from melora_jax.config import AdapterSpec, Mixer
+from melora_jax.core import blocks
+from melora_jax.core.products.block_diagonal import add_block_diagonal, block_diagonal, exact_product
+from melora_jax.core.products.factor_gradients import Scale, factor_gradients, takes_blocks
+from melora_jax.nn.parallel import ParallelDot, at_own_part, own_part
+from melora_jax.nn.quantized import QuantizedLinear
+from melora_jax.nn.sharding import DATA, FSDP, TENSOR, batch_spec, mesh_of
+
+Precision = Any
+# The axis of a kernel along which a device's minis have only its own part over `tensor`; None: they have all of it.
+OwnAxis = int | None
+
+
+def merged_product(
+    x: Float[Array, "... d_in"],
+    kernel: Float[Array, "d_in d_out"],
+    a: Float[Array, "n i r"],
+    b: Float[Array, "n r o"],
+    spec: AdapterSpec,
+    precision: Precision = None,
+) -> Float[Array, "... d_out"]:
+    """x·(W + ΔW), summed and multiplied in float32 at least: in bfloat16 a young ΔW would vanish beside W.
+
+    Args:
+      x: the input.
+      kernel: W.
+      a, b: the factors; where ranks differ, padded to the widest.
+      spec: the adapter, of which scale and mixer are used.
+      precision: of the product.
+
+    Returns:
+      An array of the dtype to which those of `x` and `kernel` promote.
+
+    >>> spec = AdapterSpec(n=2, r=(1, 1), alpha=(1.0, 2.0))
+    >>> one = jnp.ones((2, 1, 1))
+    >>> merged_product(jnp.array([3.0, 5.0]), jnp.ones((2, 2)), one, one, spec).tolist()
+    [11.0, 18.0]
+    """
+    return _product(x, kernel, a, b, blocks.scale_of(spec), spec.mixer, precision, None)
+
+
+def _by_sum(
+    x: Array, kernel: Array, a: Array, b: Array, scale: Scale, mixer: Mixer, precision: Precision, own_axis: OwnAxis
+) -> Array:
+    """The same; inside a `shard_map` of one device's parts."""
+    y = _dot(x, _formed(kernel, a, b, scale, mixer, own_axis), precision)
+    return y.astype(jnp.promote_types(x.dtype, kernel.dtype))
+
+
+_product = jax.custom_vjp(_by_sum, nondiff_argnums=(5, 6, 7))
+
+
+def _forward(
+    x: Any, kernel: Any, a: Any, b: Any, scale: Any, mixer: Mixer, precision: Precision, own_axis: OwnAxis
+) -> tuple[Array, Any]:
+    return _by_sum(x, kernel, a, b, scale, mixer, precision, own_axis), (x, kernel, a, b, scale)
+
+
+def _backward(
+    mixer: Mixer, precision: Precision, own_axis: OwnAxis, kept: Any, cotangent: Array
+) -> tuple[Array | None, ...]:
+    given, kernel, a, b, scale = kept
+    x, cotangent = (array.reshape(-1, array.shape[-1]) for array in (given, cotangent))
+    read = own_part(x) if own_axis == 0 else x
+    written = own_part(cotangent) if own_axis == 1 else cotangent
+    read, wide_a, wide_b, written = (_wide(array) for array in (read, a, b, written))
+    to_a, to_b = factor_gradients(read, wide_a, wide_b, scale, written, mixer)
+    held = a if _stays(len(x), a, b, mixer) else _after(to_a, a)
+    to_x = _dot(cotangent, _formed(kernel, held, b, scale, mixer, own_axis).T, precision)
+    to_kernel = _dot(x.T, cotangent, precision)  # of a frozen kernel nobody asks for it, and XLA leaves it out
+    gradients = to_x.reshape(given.shape), to_kernel, to_a, to_b
+    return *(to.astype(of.dtype) for to, of in zip(gradients, kept, strict=False)), None
+
+
+_product.defvjp(_forward, _backward)
+
+
+def _stays(tokens: int, a: Array, b: Array, mixer: Mixer) -> bool:
+    """Whether the backward pass may take the forward pass's W + ΔW, and need not wait for the factors' gradients.
+
+    It may then be multiplied beside the blocks of xᵀg, which a second processor speeds up little (384 x 384, n=32: 1.25
+    ms for 1.73). Over the frozen limit MiniLM's step, all layers, takes 1.22 for 1.26 (n=2 r=16; 697 MB for 685),
+    1.17 for 1.21 (n=4 r=8; 709 for 680) and 1.08 for 1.11 (n=32 r=1; 694 for 667), SmolLM2's (n=8 r=8) 1.17 for 1.26,
+    but 2,123 MB for 1,700. So it stays where W has at most a fifth of the entries of the layer's input and output. Not
+    where the output is the wider: 14 MB more, and no faster for certain (n=4 and n=8, r=8). Nor with latents, which are
+    held as well (n=8 r=1 714 MB as it is).
+    """
+    (n, i, _), o = a.shape, b.shape[2]
+    return takes_blocks(a, b, mixer) and o <= i and 5 * n * i * o <= tokens * (i + o)
+
+
+def _after(gradient: Array, factor: Array) -> Array:
+    """The factor, once its gradient is there.
+
+    So the backward pass forms W + ΔW anew, when it needs it: XLA would keep the forward pass's, and on CPU, which does
+    first what waits for nothing, those of all layers formed at once (SmolLM2, n=4 r=8, all linear layers: 2,032 MB for
+    1,688). What is no number has no gradient either.
+    """
+    flat = gradient.reshape(len(gradient), -1)  # XLA moves an axis of one, and would copy it back for the sum
+    return (factor.reshape(flat.shape) + (flat - flat)).reshape(factor.shape)
+
+
+def _dot(x: Array, kernel: Array, precision: Precision) -> Array:
+    return jnp.matmul(_wide(x), _wide(kernel), precision=precision)
+
+
+def _wide(array: Array) -> Array:
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+
+
+def _formed(kernel: Array, a: Array, b: Array, scale: Scale, mixer: Mixer, own_axis: OwnAxis) -> Array:
+    """W + ΔW."""
+    if mixer == "identity":
+        a = a * scale[:, None, :]
+        if own_axis is None:
+            return add_block_diagonal(kernel, a, b)
+        return kernel + _in_place(block_diagonal(exact_product(a, b)), own_axis)
+    return kernel + exact_product(*blocks.packed_factors(a, b, scale, mixer))
+
+
+def _in_place(delta: Array, own_axis: OwnAxis) -> Array:
+    """This device's minis' ΔW, in its place along the axis."""
+    if own_axis is None:
+        return delta
+    return at_own_part(delta) if own_axis == 1 else at_own_part(delta.T).T
+
+
+def why_unmergeable(base: Any, spec: AdapterSpec) -> str | None:
+    """Why a layer's kernel and ΔW cannot be summed in a pass; None where they can."""
+    if not isinstance(base, nnx.Linear | QuantizedLinear):
+        return f"a {type(base).__name__} is no dense layer nnx.Linear"
+    if isinstance(base, QuantizedLinear):
+        mesh = mesh_of(base.codes.get_raw_value())
+        return "its quantised kernel lies on a mesh" if mesh is not None and mesh.size > 1 else None
+    ours = isinstance(base.dot_general, ParallelDot)
+    if not (ours or base.dot_general is jax.lax.dot_general):
+        return "the layer has a dot_general of its own"
+    mesh = mesh_of(base.kernel.get_raw_value())
+    if mesh is None or mesh.size == 1:
+        return None
+    return why_unmergeable_on(mesh.abstract_mesh, base, spec) if ours else "the kernel lies on a mesh"
+
+
+def why_unmergeable_on(mesh: AbstractMesh, base: Any, spec: AdapterSpec) -> str | None:
+    """Why a layer of ours can't on a mesh: its kernel would need minis that the device does not have."""
+    if isinstance(base, QuantizedLinear):
+        return "its quantised kernel lies on a mesh"
+    whole = None if base.dot_general.form(mesh) == "whole" else why_whole(spec, mesh.shape[TENSOR])
+    return whole and f"its kernel is cut over tensor, its minis are not, as {whole}"
+
+
+def merged_output(base: Any, x: Array, a: Array, b: Array, spec: AdapterSpec, mesh: AbstractMesh | None) -> Array:
+    """The output of a dense layer with its adapter, x·(W + ΔW) + bias; with a mesh, cut as the layer is on it."""
+    bias: Any = None if base.bias is None else base.bias[...]
+    y: Any
+    if isinstance(base, nnx.Linear):
+        x, kernel, bias = base.promote_dtype((x, base.kernel[...], bias), dtype=base.dtype)
+        dot: Any = base.dot_general
+        product = merged_product if mesh is None else functools.partial(_product_on_mesh, dot, mesh)
+        y = product(x, kernel, a, b, spec, base.precision)
+        y = y if base.preferred_element_type is None else y.astype(base.preferred_element_type)
+    else:
+        y = merged_product(x.astype(base.dtype), base.kernel, a, b, spec)
+    return y if bias is None else y + bias.astype(y.dtype)
+
+
+def _product_on_mesh(
+    dot: ParallelDot,
+    mesh: AbstractMesh,
+    x: Array,
+    kernel: Array,
+    a: Array,
+    b: Array,
+    spec: AdapterSpec,
+    precision: Precision,
+) -> Array:
+    """`merged_product`, each device summing its part of W with its own minis."""
+    form = dot.form(mesh)
+    own_axis = {"column": 0, "row": 1, "whole": None}[form]
+    along = PartitionSpec() if form == "whole" else PartitionSpec(TENSOR)
+
+    rows = tuple(axis for axis in (DATA, FSDP) if axis in jax.tree.leaves(tuple(batch_spec(x.shape, mesh))))
+
+    def local(x: Array, *weights: Array) -> Array:
+        # Their gradients differ from device to device, as the rows do; leaving the shard_map they are summed.
+        kernel, a, b, scale = (jax.lax.pcast(weight, rows, to="varying") for weight in weights) if rows else weights
+        return _product(x, kernel, a, b, scale, spec.mixer, precision, own_axis)
+
+    weights = kernel, a, b, jnp.asarray(blocks.scale_of(spec))
+    return dot.product_by(local, x, weights, (dot.kernel_spec(mesh), along, along, along))

@@ -1,0 +1,247 @@
+"""Text generation with a decoder: all tokens at once, or as they come."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeGuard
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import ArrayLike
+
+from melora_jax.files.safetensors_io import read_json
+from melora_jax.generation.decode_loop import NO_TOKEN, Programs, Rules, programs
+from melora_jax.generation.prompts import padded_left, prompts_of, require_context, rounded_up
+from melora_jax.generation.sampling import Sampling, checked_sampling
+from melora_jax.models.decoders.heads import CausalLM
+from melora_jax.models.hub.checkpoint import GENERATION_CONFIG
+from melora_jax.validation import check_count
+
+
+class Generation(NamedTuple):
+    """Generated tokens.
+
+    Attributes:
+      tokens: int32 `[b, m]`, the new tokens of each row, m those of the longest; `pad_token_id` after a row's end.
+      lengths: int32 `[b]`, how many tokens each row got, the one that ended it among them.
+      stopped: bool `[b]`, True where a token of `eos_token_id` ended the row, False where `max_new_tokens` did.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    stopped: np.ndarray
+
+
+class NewTokens(NamedTuple):
+    """One more token of each row.
+
+    Attributes:
+      tokens: int32 `[b]`; `pad_token_id` in rows that ended earlier.
+      stopped: bool `[b]`, True where a token of `eos_token_id` has ended the row, now or earlier.
+    """
+
+    tokens: np.ndarray
+    stopped: np.ndarray
+
+
+def generate(
+    model: nnx.Module,
+    input_ids: ArrayLike,
+    attention_mask: ArrayLike | None = None,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    key: jax.Array | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+) -> Generation:
+    """Goes on from prompts, token by token: the likeliest, or one drawn from `softmax(filter(logits / temperature))`.
+
+    The first call for a structure of model and a size of batch and prompt compiles; sizes are rounded up, so that
+    prompts of similar length share what was compiled. Row j of a batch draws the same tokens whatever the others are.
+
+    Args:
+      model: a causal language model, plain or adapted.
+      input_ids: whole numbers `[b, t]`.
+      attention_mask: `[b, t]`, 0 at padding, left or right; None where there is none.
+      max_new_tokens: how many tokens a row gets at most.
+      temperature: 0 takes the likeliest token; above 0 tokens are drawn.
+      top_k: draws from so many of the likeliest tokens; None from all.
+      top_p: draws from the smallest set of likeliest tokens with this mass, after `top_k`; None from all.
+      key: PRNG key, needed where tokens are drawn.
+      eos_token_id: the token, or tokens, that end a row; `()` for none. None takes those of the checkpoint's
+        generation_config.json or, without one, of its config.json.
+      pad_token_id: what fills a row after its end; None takes the configuration's, or the first of `eos_token_id`.
+
+    Raises:
+      ValueError: a prompt is empty, or with `max_new_tokens` longer than the model's context; an id is outside the
+        vocabulary, a setting out of range, or a logit NaN.
+
+    >>> from melora_jax.models import model_from_config
+    >>> sizes = dict(vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=7,
+    ...              max_position_embeddings=13)
+    >>> model = model_from_config({"model_type": "llama", **sizes}, task="causal-lm")
+    >>> generate(model, [[3, 1, 4], [1, 5, 9]], max_new_tokens=5).tokens.shape
+    (2, 5)
+    """
+    sampling = checked_sampling(temperature, top_k, top_p)
+    task = _task(model, input_ids, attention_mask, max_new_tokens, sampling, key, eos_token_id, pad_token_id)
+    newest, cache = task.prefill()
+    limit, room = jnp.int32(max_new_tokens), rounded_up(max_new_tokens)
+    tokens, _ = task.programs.loop(task.state, cache, newest, task.rules, limit, room)
+    return _generation(_checked_tokens(np.asarray(tokens)[:, :max_new_tokens]), np.asarray(task.rules.ends))
+
+
+def stream(
+    model: nnx.Module,
+    input_ids: ArrayLike,
+    attention_mask: ArrayLike | None = None,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    key: jax.Array | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+) -> Generator[NewTokens, Sequence[int] | None]:
+    """The tokens of `generate` as they come: one `NewTokens` a step, until all rows have ended.
+
+    Arguments are checked, and errors raised, by the call itself; the iterator does the work. It may be left early; or,
+    in place of `next`, be sent the numbers of the rows with which alone it shall go on, so that the rest costs nothing.
+
+    Args:
+      model, input_ids, attention_mask, max_new_tokens, temperature, top_k, top_p, key, eos_token_id, pad_token_id: as
+        in `generate`.
+
+    Raises:
+      ValueError: as in `generate`, or rows were sent that there are none of.
+
+    >>> from melora_jax.models import model_from_config
+    >>> sizes = dict(vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=7,
+    ...              max_position_embeddings=13)
+    >>> model = model_from_config({"model_type": "llama", **sizes}, task="causal-lm")
+    >>> [new.tokens.shape for new in stream(model, [[3, 1, 4]], max_new_tokens=3)]
+    [(1,), (1,), (1,)]
+    """
+    sampling = checked_sampling(temperature, top_k, top_p)
+    task = _task(model, input_ids, attention_mask, max_new_tokens, sampling, key, eos_token_id, pad_token_id)
+    return _steps(task, max_new_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """A checked call. The prompts `[b, t]` are padded left to a rounded width."""
+
+    programs: Programs
+    state: nnx.State
+    ids: np.ndarray
+    valid: np.ndarray
+    rules: Rules
+    places: int
+
+    def prefill(self) -> Any:
+        return self.programs.prefill(self.state, self.ids, self.valid, self.rules, self.places)
+
+
+def _task(
+    model: nnx.Module,
+    input_ids: ArrayLike,
+    attention_mask: ArrayLike | None,
+    max_new_tokens: int,
+    sampling: Sampling,
+    key: jax.Array | None,
+    eos_token_id: int | Sequence[int] | None,
+    pad_token_id: int | None,
+) -> _Task:
+    if not isinstance(model, CausalLM):
+        raise ValueError(
+            f"{type(model).__name__} does not generate; load a decoder with from_pretrained(..., task='causal-lm')"
+        )
+    check_count("max_new_tokens", max_new_tokens)
+    if sampling.temperature is not None and key is None:
+        raise ValueError(
+            f"temperature={sampling.temperature:g} draws tokens, which takes a key; give one, such as jax.random.key(0)"
+        )
+    vocabulary = model.sizes.vocab_size
+    ends = _end_tokens(model, eos_token_id)
+    pad = _padding(model, ends) if pad_token_id is None else pad_token_id
+    for name, token in [*(("eos_token_id", end) for end in ends), ("pad_token_id", pad)]:
+        if not _is_token(token, vocabulary):
+            raise ValueError(f"{name}={token!r} must be a token of the vocabulary, from 0 to {vocabulary - 1}")
+    prompts = prompts_of(input_ids, attention_mask, vocabulary)
+    require_context(prompts, max_new_tokens, model.max_length)
+    ids, valid = padded_left(prompts)
+    graphdef, state = nnx.split(model)
+    # of one size for up to eight, so that their number compiles nothing anew
+    room = -len(ends) % 8 if ends else 8
+    rules = Rules(sampling, key, jnp.array([*ends, *[NO_TOKEN] * room], jnp.int32), jnp.int32(pad))
+    places = rounded_up(ids.shape[1] + rounded_up(max_new_tokens))
+    return _Task(programs(graphdef), state, ids, valid, rules, places)
+
+
+def _end_tokens(model: CausalLM, given: int | Sequence[int] | None) -> tuple[int, ...]:
+    """The tokens that end a row. A chat model's are in generation_config.json, and its config.json may have others."""
+    file = Path(model.folder) / GENERATION_CONFIG
+    if given is None and model.folder and file.is_file():
+        given = read_json(file).get("eos_token_id")
+    if given is None:
+        given = model.config.get("eos_token_id")
+    if given is None:
+        return ()
+    return tuple(given) if isinstance(given, Sequence) else (given,)
+
+
+def _padding(model: CausalLM, ends: tuple[int, ...]) -> int:
+    # some configurations have -1 for none
+    configured = model.config.get("pad_token_id")
+    return configured if _is_token(configured, model.sizes.vocab_size) else next(iter(ends), 0)
+
+
+def _is_token(token: Any, vocabulary: int) -> TypeGuard[int]:
+    return isinstance(token, int | np.integer) and not isinstance(token, bool) and 0 <= int(token) < vocabulary
+
+
+def _steps(task: _Task, limit: int) -> Generator[NewTokens, Sequence[int] | None]:
+    newest, cache = task.prefill()
+    for left in reversed(range(limit)):
+        following = None
+        if left:
+            # under way, and the first time compiled, while the caller is busy with the token before it
+            following, cache = task.programs.step(task.state, cache, newest, task.rules)
+        rows = yield NewTokens(_checked_tokens(np.asarray(newest.tokens)), np.asarray(newest.stopped))
+        if following is None or newest.stopped.all():
+            return
+        newest = following
+        if rows is not None:
+            newest, cache = task.programs.keep(newest, cache, _checked_rows(rows, len(newest.tokens)))
+
+
+def _checked_rows(rows: Sequence[int], count: int) -> np.ndarray:
+    found = np.asarray(rows, np.int32)
+    if found.ndim != 1 or not found.size or found.min() < 0 or found.max() >= count:
+        raise ValueError(f"rows {list(rows)} to go on with: give some numbers of rows, from 0 to {count - 1}")
+    return found
+
+
+def _checked_tokens(tokens: np.ndarray) -> np.ndarray:
+    if (tokens == NO_TOKEN).any():
+        raise ValueError(
+            "the model's logits are NaN; its weights or its adapter hold NaN or overflow the dtype, so fetch or train"
+            " them again, or load the model in float32"
+        )
+    return tokens
+
+
+def _generation(tokens: np.ndarray, ends: np.ndarray) -> Generation:
+    """Cuts what no row has reached. Tokens after a row's first end are padding already."""
+    is_end = np.isin(tokens, ends)
+    stopped = np.asarray(is_end.any(axis=1))
+    lengths = np.where(stopped, is_end.argmax(axis=1) + 1, tokens.shape[1]).astype(np.int32)
+    return Generation(tokens[:, : lengths.max()], lengths, stopped)

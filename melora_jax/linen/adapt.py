@@ -1,0 +1,111 @@
+"""`adapt`: which layers of a Linen model a config names, and their adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.core import meta
+
+from melora_jax.config import MELoRAConfig
+from melora_jax.core.dense_view import unadaptable
+from melora_jax.core.products.plan import choose_strategy
+from melora_jax.core.report import Adaptation, Site
+from melora_jax.core.targeting import (
+    NamedModule,
+    modules_to_save,
+    require_factors_alone,
+    require_patterns,
+    select,
+    spec_of,
+)
+from melora_jax.linen.adapted_module import AdaptedModule
+from melora_jax.linen.site import LinenSite
+from melora_jax.linen.trace import called_modules
+from melora_jax.linen.tree import flat_from_tree, is_inside, joined, size_of, tree_from_flat
+from melora_jax.validation import check_sizes
+
+
+def adapt(
+    module: nn.Module, variables: Mapping[str, Any], config: MELoRAConfig, key: jax.Array, *args: Any, **kwargs: Any
+) -> tuple[AdaptedModule, dict[str, Any]]:
+    """Finds the layers of a Linen model that `config` names, and makes their adapters.
+
+    Args:
+      module: any Linen module.
+      variables: its collections, `{"params": ...}` and what else its call needs. They are only read; without
+        `modules_to_save` their shapes and dtypes suffice.
+      config: what to adapt. The parameters of `modules_to_save` are copied into the adapters' collection, in float32.
+      key: source of the start values. A site folds in its path, so they do not depend on which others there are.
+      args, kwargs: an example call as `module.apply` takes it after the variables (`method=` and `rngs=` too). It is
+        traced, not computed. Layers that it does not call are not there for `config`.
+
+    Returns:
+      The adapted module, and its `"melora"` collection: the tree to train.
+
+    Raises:
+      ValueError: a target, override, exclusion or module to save matches nothing; a matched module can't be adapted or
+        n does not divide it. The message names the path and the remedy.
+
+    >>> model, x = nn.Sequential([nn.Dense(6), nn.relu, nn.Dense(4)]), jnp.ones((1, 8))
+    >>> variables = model.init(jax.random.key(0), x)
+    >>> config = MELoRAConfig(n=2, r=1, targets="all-linear")
+    >>> adapted, melora = adapt(model, variables, config, jax.random.key(1), x)
+    >>> print(adapted)
+    site      d_in  d_out  n  r  rank  parameters  strategy
+    layers_0     8      6  2  1     2          14  packed
+    layers_2     6      4  2  1     2          10  packed
+    adapters 24 + head 0 = 24 trainable (22.64 %), 82 frozen
+    >>> adapted.apply({**variables, "melora": melora}, x).shape
+    (1, 4)
+    """
+    require_factors_alone(config, "melora_jax.linen")
+    if "params" not in variables:
+        raise ValueError(f"variables holds {sorted(variables)} and no 'params'; pass {{'params': params}}")
+    called = called_modules(module, variables, args, {"rngs": {"params": key}, **kwargs})
+    modules = [NamedModule(found, (path,), found.linear) for path, found in called.items()]
+    saved = tuple(chosen.paths[0] for chosen in modules_to_save(modules, config))
+    candidates = [candidate for candidate in modules if not is_inside(candidate.paths[0], saved)]
+    kept = select(modules, candidates, config, "Dense, DenseGeneral or Einsum")
+    sites = {chosen.paths[0]: _planned(chosen, config) for chosen in kept}
+    require_patterns(config, kept)
+    params = flat_from_tree(variables["params"])
+    inside = {path: leaf for path, leaf in params.items() if is_inside(joined(path), saved) and jax.tree.leaves(leaf)}
+    head = {path: jax.tree.map(_as_float32, leaf) for path, leaf in inside.items()}
+    melora = head | {place: factor for site in sites.values() for place, factor in site.init(key).items()}
+    shapes = {path: jnp.shape(meta.unbox(leaf)) for path, leaf in melora.items()}
+    adaptation = _adaptation(config, sites.values(), size_of(params), size_of(head))
+    return AdaptedModule(module, config, sites, saved, frozenset(called), shapes, adaptation), tree_from_flat(melora)
+
+
+def _planned(chosen: NamedModule, config: MELoRAConfig) -> LinenSite:
+    path, spec, layer = chosen.paths[0], spec_of(chosen, config), chosen.node.layer
+    if layer is None:
+        raise unadaptable(path, chosen.node.reason)
+    check_sizes(layer.view.d_in, layer.view.d_out, spec.n, path)
+    if spec.strategy == "merged":
+        raise ValueError(
+            f'strategy="merged" at {path} is for NNX models, not for Linen models; use "batched" or "auto"'
+        )
+    strategy = choose_strategy(spec.strategy, spec.n * max(spec.r), jax.default_backend())
+    return LinenSite(path, spec, strategy, layer)
+
+
+def _as_float32(value: jax.Array) -> jax.Array:
+    """A copy, so that a step that donates the trained tree leaves params alone; floats that are narrower in float32."""
+    return jnp.array(value, jnp.float32 if jnp.issubdtype(value.dtype, jnp.floating) else value.dtype)
+
+
+def _adaptation(config: MELoRAConfig, sites: Iterable[LinenSite], base: int, head: int) -> Adaptation:
+    rows = tuple(_row(site) for site in sites)
+    return Adaptation(rows, sum(row.parameters for row in rows), head, base - head, tuple(config.modules_to_save))
+
+
+def _row(site: LinenSite) -> Site:
+    spec, view = site.spec, site.layer.view
+    parameters = spec.parameters(view.d_in, view.d_out) * site.layer.lifting.copies
+    sizes = site.path, view.d_in, view.d_out, spec.n, spec.r, spec.rank, parameters
+    return Site(*sizes, spec.scaling, spec.mixer, site.strategy)

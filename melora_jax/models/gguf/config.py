@@ -1,0 +1,224 @@
+"""The Hugging Face configuration of the model in a GGUF file, from the file's hyperparameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from melora_jax.models.decoders.layer_types import FULL, SLIDING
+from melora_jax.models.gguf.reader import GGUFFile
+from melora_jax.models.gguf.rope import rope_scaling_of
+from melora_jax.numbers import positive, whole
+
+_NORM_EPS, _KEY, _VALUE = "attention.layer_norm_rms_epsilon", "attention.key_length", "attention.value_length"
+_WINDOW, _PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
+_LOCAL_BASE = "rope.freq_base_swa"
+_ATTENTION_CAP, _LOGIT_CAP = "attn_logit_softcapping", "final_logit_softcapping"
+_READ = {
+    "vocab_size",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "block_count",
+    "attention.head_count",
+    "attention.head_count_kv",
+    _KEY,
+    _VALUE,
+    _NORM_EPS,
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+}
+# what changes nothing at these values
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "attention.causal": (True,),
+    "rope.scaling.attn_factor": (1.0,),
+    "rope.scaling.yarn_attn_factor": (1.0,),
+    "rope.scaling.yarn_beta_fast": (32.0,),
+    "rope.scaling.yarn_beta_slow": (1.0,),
+    "rope.scaling.finetuned": (True, False),
+    "tensor_data_layout": ("Meta AI original pth",),
+}
+# what ends a turn where a file with a chat template does not say
+_TURN_ENDS = ("<end_of_turn>", "<|eot_id|>", "<|im_end|>")
+_EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What `general.architecture` stands for.
+
+    Attributes:
+      model_type: its Hugging Face name.
+      read: the hyperparameters it has beside those that all have.
+      gemma_period: Gemma's layers of this number and its multiples see all; None for the others.
+      wide_layers: that many layers mean the Gemma of 27 billion parameters, which scales scores by another size.
+    """
+
+    model_type: str
+    read: frozenset[str] = frozenset()
+    gemma_period: int | None = None
+    wide_layers: int | None = None
+
+
+ARCHITECTURES = {
+    "llama": Architecture(model_type="llama", read=frozenset({_WINDOW})),
+    "qwen2": Architecture(model_type="qwen2"),
+    "qwen3": Architecture(model_type="qwen3"),
+    "gemma2": Architecture(
+        model_type="gemma2",
+        read=frozenset({_WINDOW, _ATTENTION_CAP, _LOGIT_CAP}),
+        gemma_period=2,
+        wide_layers=46,
+    ),
+    "gemma3": Architecture(
+        model_type="gemma3_text",
+        read=frozenset({_WINDOW, _PATTERN, _LOCAL_BASE}),
+        gemma_period=6,
+        wide_layers=62,
+    ),
+}
+
+
+def architecture_of(file: GGUFFile) -> Architecture:
+    """The architecture of the file's model.
+
+    Raises:
+      ValueError: it is none that we have.
+    """
+    name = file.fields.get("general.architecture")
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(
+            f"general.architecture={name!r:.99} in {file.path} is not supported; choose a model of {known}"
+        )
+    return ARCHITECTURES[name]
+
+
+def config_from_gguf(file: GGUFFile) -> dict[str, Any]:
+    """The content of the config.json that the model in a GGUF file would have.
+
+    What the format leaves out is as in llama.cpp: Gemma's pattern of local layers and their RoPE base, and the size
+    that its scores are scaled by. A Mistral is a llama to the format, without its window if the file has none.
+
+    Args:
+      file: the file.
+
+    Raises:
+      ValueError: the architecture or a hyperparameter is not supported, one is missing, or they do not fit the tensors.
+    """
+    known, where = architecture_of(file), str(file.path)
+    prefix = f"{file.fields['general.architecture']}."
+    values = {key.removeprefix(prefix): value for key, value in file.fields.items() if key.startswith(prefix)}
+    for key, value in values.items():
+        if key not in _READ | known.read and value not in _NEUTRAL.get(key, ()):
+            raise ValueError(
+                f"{prefix + key!r:.99} in {where}, of value {value!r:.99}, is not supported; use another model"
+            )
+        if isinstance(value, list) and key != _PATTERN:
+            raise ValueError(
+                f"{prefix}{key} in {where} differs from layer to layer, which is not supported; use another"
+            )
+    if _EMBEDDING not in file.tensors:
+        raise ValueError(f"{where} lacks the tensor {_EMBEDDING}: it holds a vocabulary or an adapter, and no model")
+    if whole(values, "block_count", where) > len(file.tensors):
+        raise ValueError(f"{where} has {values['block_count']} layers in {len(file.tensors)} tensors; fetch it again")
+    config = _sizes(values, where) | {"vocab_size": _vocabulary(file, values), **_token_ids(file)}
+    config |= {"model_type": known.model_type, "dtype": "float32", "tie_word_embeddings": _HEAD not in file.tensors}
+    config |= _biases(file, known)
+    if known.gemma_period is not None:
+        config |= _gemma(values, known, config, where)
+    elif _WINDOW in values:
+        config |= {"model_type": "mistral", "sliding_window": whole(values, _WINDOW, where)}
+    return config | {"rope_scaling": rope_scaling_of(file, values, config)}
+
+
+def _sizes(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    heads, hidden = whole(values, "attention.head_count", where), whole(values, "embedding_length", where)
+    head_dim = whole(values, _KEY, where, max(hidden // heads, 1))
+    for key in (_VALUE, "rope.dimension_count"):
+        if values.get(key, head_dim) != head_dim:
+            raise ValueError(
+                f"{key}={values[key]!r:.99} in {where} is not its heads' size {head_dim}; use another model"
+            )
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": whole(values, "feed_forward_length", where),
+        "num_hidden_layers": whole(values, "block_count", where),
+        "num_attention_heads": heads,
+        "num_key_value_heads": whole(values, "attention.head_count_kv", where, heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": whole(values, "context_length", where),
+        "rms_norm_eps": positive(values, _NORM_EPS, where),
+        "rope_theta": positive(values, "rope.freq_base", where, 10_000.0),
+    }
+
+
+def _vocabulary(file: GGUFFile, values: Mapping[str, Any]) -> int:
+    rows = file.tensors[_EMBEDDING].shape[0]
+    tokens = len(_tokens(file))
+    if tokens > rows or values.get("vocab_size", rows) != rows:
+        raise ValueError(
+            f"{_EMBEDDING} in {file.path} has {rows} rows for {tokens} tokens and a vocab_size of"
+            f" {values.get('vocab_size', rows)!r}; fetch the file again"
+        )
+    return rows
+
+
+def _tokens(file: GGUFFile) -> list[Any]:
+    tokens = file.fields.get("tokenizer.ggml.tokens", [])
+    if not isinstance(tokens, list):
+        raise ValueError(f"tokenizer.ggml.tokens in {file.path} is no list; fetch the file again")
+    return tokens
+
+
+def _token_ids(file: GGUFFile) -> dict[str, Any]:
+    """The ids of special tokens; a token that ends a turn ends a text too, as `eos_token_id` lists in transformers."""
+    found = {key: file.fields.get(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos", "eot", "padding")}
+    tokens = _tokens(file)
+    if found["eot"] is None and "tokenizer.chat_template" in file.fields:
+        found["eot"] = next((tokens.index(name) for name in _TURN_ENDS if name in tokens), None)
+    for key, value in found.items():
+        if value is not None and (type(value) is not int or not 0 <= value < max(len(tokens), 1)):
+            raise ValueError(
+                f"tokenizer.ggml.{key}_token_id={value!r:.99} in {file.path} is no token; fetch the file again"
+            )
+    ends = [end for end in dict.fromkeys((found["eos"], found["eot"])) if end is not None]
+    ids = {"bos_token_id": found["bos"], "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None)}
+    return ids | {"pad_token_id": found["padding"]}
+
+
+def _biases(file: GGUFFile, known: Architecture) -> dict[str, bool]:
+    if known.model_type != "llama":
+        return {}
+    return {"attention_bias": "blk.0.attn_q.bias" in file.tensors, "mlp_bias": "blk.0.ffn_up.bias" in file.tensors}
+
+
+def _gemma(values: Mapping[str, Any], known: Architecture, config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
+    size = config["hidden_size"] / heads if layers == known.wide_layers else config["head_dim"]
+    gemma = {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": int(size) if float(size).is_integer() else size,
+        "sliding_window": whole(values, _WINDOW, where),
+        "layer_types": _layer_types(values, known, layers, where),
+    }
+    if known.model_type == "gemma3_text":
+        return gemma | {"rope_local_base_freq": positive(values, _LOCAL_BASE, where, 10_000.0)}
+    caps = {_ATTENTION_CAP: 50.0, _LOGIT_CAP: 30.0}
+    return gemma | {key: positive(values, key, where, default) for key, default in caps.items()}
+
+
+def _layer_types(values: Mapping[str, Any], known: Architecture, layers: int, where: str) -> list[str]:
+    pattern = values.get(_PATTERN)
+    if not isinstance(pattern, list):
+        period = whole(values, _PATTERN, where, known.gemma_period)
+        pattern = [(layer + 1) % period != 0 for layer in range(layers)]
+    if len(pattern) != layers or not all(isinstance(local, bool) for local in pattern):
+        raise ValueError(f"{_PATTERN}={pattern!r:.99} in {where} must be true or false for each of the {layers} layers")
+    return [SLIDING if local else FULL for local in pattern]

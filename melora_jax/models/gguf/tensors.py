@@ -1,0 +1,133 @@
+"""GGUF files as checkpoints: their tensors under the names, and in the layout, that Hugging Face gives them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from melora_jax.models.gguf.config import architecture_of, config_from_gguf
+from melora_jax.models.gguf.reader import GGUFFile
+from melora_jax.models.gguf.rope import ROPE_FACTORS
+
+_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_GEMMA_LAYER = _LAYER | {
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+
+
+class GGUFTensors:
+    """The tensors of a GGUF file, read one at a time as `storage.TensorFile` reads those of safetensors.
+
+    They are dequantised to float32. llama.cpp's changes are undone: the rows of a Llama's queries and keys are put
+    back in order, and Gemma's norms lose the 1 that was added to them.
+
+    Args:
+      path: the file.
+
+    Attributes:
+      path: the file.
+      config: what its config.json would hold.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is damaged or split, or its architecture, a hyperparameter, a tensor or its packing is not
+        supported; or the gguf package is missing.
+
+    >>> GGUFTensors("model.gguf")
+    Traceback (most recent call last):
+    FileNotFoundError: model.gguf does not exist; check the name, or fetch the file again
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._file = GGUFFile(path)
+        self.path = self._file.path
+        self._architecture = architecture_of(self._file)
+        self.config: dict[str, Any] = config_from_gguf(self._file)
+        self._names = {self._named(name): name for name in self._file.tensors if name != ROPE_FACTORS}
+
+    def __enter__(self) -> GGUFTensors:
+        self._file.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.__exit__(kind, error, traceback)
+
+    def keys(self) -> list[str]:
+        """The Hugging Face names of the tensors, sorted."""
+        return sorted(self._names)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The shape of tensor `key`, from the header alone."""
+        return self._file.tensors[self._names[key]].shape
+
+    def dtype(self, key: str) -> np.dtype:
+        """The dtype that `read` gives, however the tensor is packed: float32."""
+        return np.dtype(np.float32)
+
+    def read(self, key: str) -> np.ndarray:
+        """Tensor `key` as float32, in Hugging Face's layout."""
+        array = self._file.read(self._names[key])
+        if self._architecture.gemma_period is not None and key.endswith("norm.weight"):
+            return array - np.float32(1.0)
+        if self._architecture.model_type == "llama":
+            for projection, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
+                if f".{projection}." in key:
+                    return unpermuted(array, self.config[heads])
+        return array
+
+    def read_part(self, key: str, index: tuple[slice, ...]) -> np.ndarray:
+        """The part of tensor `key` that `index` cuts out; packed tensors are unpacked whole."""
+        return self.read(key)[index]
+
+    def _named(self, name: str) -> str:
+        """The Hugging Face name of a tensor."""
+        stem, _, leaf = name.rpartition(".")
+        layer = re.fullmatch(r"blk\.(\d{1,6})\.(\w+)", stem)
+        modules = _LAYER if self._architecture.gemma_period is None else _GEMMA_LAYER
+        module = modules.get(layer[2]) if layer else _TOP.get(stem)
+        if module is None or leaf not in ("weight", "bias"):
+            raise ValueError(
+                f"tensor {name[:99]!r} in {self.path} has no place in a {self._architecture.model_type}; use another"
+                " model"
+            )
+        return f"model.layers.{int(layer[1])}.{module}.{leaf}" if layer else f"{module}.{leaf}"
+
+
+def unpermuted(array: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of queries or keys in Hugging Face's order, from llama.cpp's, which has the two of a turning pair adjoin.
+
+    Args:
+      array: a weight `[heads · d, d_in]` or bias `[heads · d]`.
+      heads: how many heads the rows make up.
+
+    Raises:
+      ValueError: `heads` does not divide the rows into pairs.
+
+    >>> unpermuted(np.array([0, 3, 1, 4, 2, 5]), heads=1)
+    array([0, 1, 2, 3, 4, 5])
+    """
+    if array.shape[0] % (2 * heads):
+        raise ValueError(f"{array.shape[0]} rows do not make {heads} heads of pairs; fetch the file again")
+    paired = array.reshape(heads, array.shape[0] // heads // 2, 2, *array.shape[1:])
+    return paired.swapaxes(1, 2).reshape(array.shape)

@@ -1,0 +1,51 @@
+"""A model's variables on a mesh: where each belongs, and the dense layers told how they may be cut."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from melora_jax.models.base import HuggingFaceModel
+from melora_jax.nn.embedding import Table
+from melora_jax.nn.parallel import ParallelDot
+from melora_jax.nn.sharding import Layout, put
+from melora_jax.nn.tree import path_of, walk
+
+M = TypeVar("M", bound=HuggingFaceModel)
+
+
+def lay_out(model: HuggingFaceModel, layout: Layout) -> None:
+    """Gives a fresh model its layout, and tells each dense layer and table how it may be cut."""
+    model.layout = layout
+    for path, module in walk(model):
+        if isinstance(module, nnx.Linear):
+            inputs, outputs = layout.units(f"{path_of(path)}/kernel", tuple(module.kernel.shape))
+            module.dot_general = ParallelDot(inputs, outputs)
+        elif isinstance(module, Table):
+            module.units = layout.units(f"{path_of(path)}/embedding", tuple(module.embedding.shape))[0]
+
+
+def shardings_of(model: HuggingFaceModel, mesh: Mesh) -> dict[str, NamedSharding]:
+    """Where each variable of an unadapted model belongs, by its path.
+
+    Raises:
+      ValueError: no rule covers a variable.
+    """
+    return {
+        path_of(path): NamedSharding(mesh, model.layout.spec(path_of(path), tuple(variable.shape), mesh))
+        for path, variable in nnx.to_flat_state(nnx.state(model))
+    }
+
+
+def place_model(model: M, mesh: Mesh) -> M:
+    """Puts the variables of an unadapted model, which every process has whole, on a mesh, in place.
+
+    Raises:
+      ValueError: no rule covers a variable.
+    """
+    shardings = shardings_of(model, mesh)
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        variable.set_value(put(variable[...], shardings[path_of(path)]))
+    return model

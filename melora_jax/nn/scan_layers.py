@@ -1,0 +1,253 @@
+"""Equal layers stacked, and taken apart again: `stack_layers` and its inverse `unstack_layers`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from melora_jax.nn.layer_stack import LayerRun, Layers
+from melora_jax.nn.tree import path_of, rewrite, walk
+
+M = TypeVar("M", bound=nnx.Module)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stacking:
+    """What `stack_layers` did. Prints as a sentence.
+
+    Attributes:
+      layers: how many layers the model has.
+      runs: (number of its first layer, layers in its block, repeats) of each run.
+      single: numbers of the layers that stay alone, since none beside them is equal.
+    """
+
+    layers: int
+    runs: tuple[tuple[int, int, int], ...]
+    single: tuple[int, ...]
+
+    def __str__(self) -> str:
+        runs = [f"{first}-{first + size * repeats - 1} ({repeats} × {size})" for first, size, repeats in self.runs]
+        alone = f"; alone: {', '.join(map(str, self.single))}" if self.single else ""
+        return f"{self.layers} layers in {len(self.runs)} scanned run(s): {', '.join(runs) or 'none'}{alone}"
+
+
+def stack_layers(model: nnx.Module) -> Stacking:
+    """Puts runs of equal layers into stacked variables, in place: the last step before training.
+
+    A run is one layer, or a block of a few (Gemma's local and global ones), repeated: layers are equal that differ in
+    values alone. `jax.lax.scan` passes through it, so the time to compile does not grow with the depth. The model
+    computes the same, dropout masks included; `save_adapter`, `export_peft`, `merge` and `unwrap` give what they would
+    give without. Optimizers and training steps belong to the stacked model and are made after this.
+
+    Args:
+      model: one from `from_pretrained`, plain or adapted. Each variable is stacked and let go in turn, so that memory
+        stays near the model plus its largest stack.
+
+    Raises:
+      ValueError: it has no list of layers that can be stacked, or is stacked already. It is left as it was.
+
+    >>> from melora_jax.models import model_from_config
+    >>> sizes = dict(vocab_size=11, hidden_size=8, num_hidden_layers=5, num_attention_heads=2, intermediate_size=7,
+    ...              max_position_embeddings=13)
+    >>> print(stack_layers(model_from_config({"model_type": "llama", **sizes}, task="causal-lm")))
+    5 layers in 1 scanned run(s): 0-4 (5 × 1)
+    """
+    lists = {id(node): (path_of(path), node) for path, node in walk(model) if isinstance(node, Layers)}
+    if not lists:
+        raise ValueError(f"{type(model).__name__} has no layers to stack; stack a model from from_pretrained")
+    if is_stacked(model):
+        raise ValueError("the layers are stacked already; unstack_layers(model) takes them apart")
+    shared = _shared_variables(model)
+    stacked = {identity: _stacked(layers, path, shared) for identity, (path, layers) in lists.items()}
+    rewrite(model, lambda path, node: stacked.get(id(node), node))
+    return _describe(stacked.values())
+
+
+def unstack_layers(model: M) -> M:
+    """The inverse of `stack_layers`, in place: every layer a module of its own. Returns the model, stacked or not.
+
+    >>> from melora_jax.models import model_from_config
+    >>> sizes = dict(vocab_size=11, hidden_size=8, num_hidden_layers=5, num_attention_heads=2, intermediate_size=7,
+    ...              max_position_embeddings=13)
+    >>> model = model_from_config({"model_type": "llama", **sizes}, task="causal-lm")
+    >>> _ = stack_layers(model)
+    >>> len(unstack_layers(model).model.layers)
+    5
+    """
+    lists = {id(node): (path_of(path), node) for path, node in walk(model) if isinstance(node, Layers)}
+    plain = {identity: Layers(_unstacked(layers, path)) for identity, (path, layers) in lists.items()}
+    return rewrite(model, lambda path, node: plain.get(id(node), node))
+
+
+def is_stacked(model: nnx.Module) -> bool:
+    """Whether some of the model's layers are stacked."""
+    return any(isinstance(node, LayerRun) for _, node in walk(model))
+
+
+def unstacked(model: M, wanted: Any = ...) -> M:
+    """A model like `model` whose layers are modules of their own: itself, or a copy where layers are stacked.
+
+    Args:
+      model: left as it is.
+      wanted: NNX filter of the variables whose values the copy gets; the others have shapes alone.
+    """
+    if not is_stacked(model):
+        return model
+    graphdef, kept, rest = nnx.split(model, wanted, ...)
+    shapes = jax.tree.map(_shape_of, rest)
+    return unstack_layers(nnx.merge(graphdef, kept, shapes, copy=True))
+
+
+def _shape_of(array: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=getattr(array, "sharding", None))
+
+
+def _shared_variables(model: nnx.Module) -> frozenset[int]:
+    """Variables to which more than one path leads: stacking their layers would part them."""
+    paths = Counter(id(node) for _, node in walk(model) if isinstance(node, nnx.Variable))
+    # walk enters a shared module once, so what lies in one is shared too
+    modules = Counter(id(node) for _, node in walk(model) if isinstance(node, nnx.Module))
+    inside = (
+        id(variable)
+        for _, node in walk(model)
+        if isinstance(node, nnx.Module) and modules[id(node)] > 1
+        for _, variable in walk(node)
+        if isinstance(variable, nnx.Variable)
+    )
+    return frozenset(key for key, count in paths.items() if count > 1) | frozenset(inside)
+
+
+def _stacked(layers: Layers, path: str, shared: frozenset[int]) -> Layers:
+    entries = list(layers)
+    for number, layer in enumerate(entries):
+        _rename(layer, f"{path}/{number}/", f"{path}/*/")
+    marks = [_mark(layer, shared) for layer in entries]
+    found: list[nnx.Module] = []
+    for first, size, repeats in _runs(marks):
+        if repeats == 1:
+            _rename(entries[first], f"{path}/*/", f"{path}/{first}/")
+            found.append(entries[first])
+        else:
+            block = [_stack(entries[first + place : first + size * repeats : size]) for place in range(size)]
+            found.append(LayerRun(block, first, repeats))
+    return Layers(found)
+
+
+def _rename(layer: nnx.Module, old: str, new: str) -> None:
+    """Adapters hold their path, which names the layer by its number, or in a run by "*"."""
+    adapters: list[Any] = [node for _, node in walk(layer) if isinstance(getattr(node, "path", None), str)]
+    for adapter in adapters:
+        if adapter.path.startswith(old):
+            adapter.path = new + adapter.path.removeprefix(old)
+
+
+def _mark(layer: nnx.Module, shared: frozenset[int]) -> Hashable:
+    """Equal for layers that differ in the values of their variables alone."""
+    if any(id(node) in shared for _, node in walk(layer)):
+        return object()
+    graphdef, state = nnx.split(layer)
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return graphdef, tuple((path_of(path), leaf.shape, str(leaf.dtype)) for path, leaf in leaves)
+
+
+def _runs(marks: Sequence[Hashable]) -> Iterator[tuple[int, int, int]]:
+    """Cuts layers into (first, block size, repeats): at each place the block that covers the most, the shortest first.
+
+    >>> list(_runs("aabcbcbcd"))
+    [(0, 1, 2), (2, 2, 3), (8, 1, 1)]
+    """
+    first = 0
+    while first < len(marks):
+        best = (first, 1, 1)
+        for size in range(1, (len(marks) - first) // 2 + 1):
+            repeats = _repeats(marks, first, size)
+            if repeats > 1 and size * repeats > best[1] * best[2]:
+                best = (first, size, repeats)
+        yield best
+        first += best[1] * best[2]
+
+
+def _repeats(marks: Sequence[Hashable], first: int, size: int) -> int:
+    count = 1
+    block = marks[first : first + size]
+    while marks[first + count * size : first + (count + 1) * size] == block:
+        count += 1
+    return count
+
+
+def _stack(layers: Sequence[nnx.Module]) -> nnx.Module:
+    """The first of equal layers, each of its variables holding the values of all. The others are used up."""
+    variables = [[node for _, node in walk(layer) if isinstance(node, nnx.Variable)] for layer in layers]
+    for equal in zip(*variables, strict=True):
+        arrays = [variable.get_raw_value() for variable in equal]
+        equal[0].set_raw_value(_join(arrays))
+        for variable in equal[1:]:  # frees each array as soon as its copy is in the stack
+            variable.set_raw_value(jax.ShapeDtypeStruct(variable.shape, variable.dtype))
+    return layers[0]
+
+
+def _join(arrays: Sequence[Any]) -> Any:
+    first = arrays[0]
+    if isinstance(first, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct((len(arrays), *first.shape), first.dtype)
+    if isinstance(placed := getattr(first, "sharding", None), NamedSharding):
+        # each layer's part stays on its device, whatever XLA would choose
+        whole = NamedSharding(placed.mesh, PartitionSpec(None, *placed.spec))
+        return jax.jit(lambda *parts: jnp.stack(parts), out_shardings=whole)(*arrays)
+    return jnp.stack(arrays)
+
+
+def _unstacked(layers: Layers, path: str) -> Iterator[nnx.Module]:
+    for entry in layers:
+        if not isinstance(entry, LayerRun):
+            yield entry
+            continue
+        blocks = [[nnx.clone(layer) for layer in entry.block] for _ in range(entry.repeats)]
+        for place, layer in enumerate(entry.block):
+            _take_apart(layer, [block[place] for block in blocks])
+        for number, layer in zip(entry.numbers, (layer for block in blocks for layer in block), strict=True):
+            _rename(layer, f"{path}/*/", f"{path}/{number}/")
+            yield layer
+
+
+def _take_apart(stack: nnx.Module, layers: Sequence[nnx.Module]) -> None:
+    """Gives the values of a stacked layer to as many single ones, variable by variable."""
+    variables = [[node for _, node in walk(layer) if isinstance(node, nnx.Variable)] for layer in (stack, *layers)]
+    for whole, *parts in zip(*variables, strict=True):
+        values = whole.get_raw_value()
+        for index, part in enumerate(parts):
+            part.set_raw_value(_part(values, index))
+        whole.set_raw_value(jax.ShapeDtypeStruct(values.shape, values.dtype))
+
+
+def _part(values: Any, index: int) -> Any:
+    placed = getattr(values, "sharding", None)
+    if isinstance(placed, NamedSharding):
+        placed = NamedSharding(placed.mesh, PartitionSpec(*placed.spec[1:]))
+    if isinstance(values, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(values.shape[1:], values.dtype, sharding=placed)
+    return jax.device_put(values[index], placed) if isinstance(placed, NamedSharding) else values[index]
+
+
+def _describe(lists: Iterable[Layers]) -> Stacking:
+    runs: list[tuple[int, int, int]] = []
+    single: list[int] = []
+    total = 0
+    for layers in lists:
+        number = 0
+        for entry in layers:
+            if isinstance(entry, LayerRun):
+                runs.append((entry.first, len(entry.block), entry.repeats))
+                number = entry.numbers.stop
+            else:
+                single.append(number)
+                number += 1
+        total += number
+    return Stacking(total, tuple(runs), tuple(single))

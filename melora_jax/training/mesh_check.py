@@ -1,0 +1,214 @@
+"""Whether a mesh computes what one device does: a probe step of a small twin on both, before a run begins.
+
+XLA's partitioner has been seen to give wrong products without a word. What is compared here is the model's own
+layers, sizes and adapters, with fewer layers and a smaller vocabulary, on the mesh that the run will have.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from melora_jax.adapters.adapt import adapt
+from melora_jax.adapters.melora import MELoRADense
+from melora_jax.adapters.params import FrozenParam, MELoRAParam
+from melora_jax.adapters.plan import plan_sites
+from melora_jax.config import MELoRAConfig
+from melora_jax.models.auto import model_from_config, sizes_of
+from melora_jax.models.decoders.config import DecoderConfig
+from melora_jax.models.hub.checkpoint import checkpoint_source, config_of
+from melora_jax.models.hub.placement import place_model
+from melora_jax.nn.sharding import AXES, DATA, FSDP, TENSOR, batch_sharding, put
+from melora_jax.nn.tree import path_of, rewrite, walk
+
+# Sums in another order differ by about 1e-6 of the largest entry in float32; a wrong product by about 1.
+TOLERANCE = 1e-3
+_TOKENS = 8
+_seen: contextvars.ContextVar[dict[str, jax.Array] | None] = contextvars.ContextVar("melora_guard", default=None)
+
+
+def check_mesh(
+    path_or_id: str | Path,
+    config: MELoRAConfig,
+    mesh: Mesh,
+    *,
+    task: str = "sequence-classification",
+    num_labels: int | None = None,
+) -> None:
+    """Compares loss and gradients of a small twin of a model, adapters and all, on `mesh` with those on one device.
+
+    The twin has the checkpoint's configuration, but as few layers as show each of their types, a small vocabulary and
+    random float32 weights; nothing of the checkpoint but its configuration is read.
+
+    Args:
+      path_or_id, task, num_labels: as for `from_pretrained`.
+      config: the adapters that the model will get.
+      mesh: from `make_mesh`.
+
+    Raises:
+      ValueError: the two differ by more than rounding; the message names the first layer that does.
+    """
+    values, where = config_of(checkpoint_source(path_or_id))
+    full = nnx.eval_shape(lambda: model_from_config(values, task=task, num_labels=num_labels, where=where))
+    small = _small(values, where, mesh)
+    alone, placed = (model_from_config(small, task=task, num_labels=num_labels, where=where) for _ in range(2))
+    place_model(placed, mesh)
+    for twin in (alone, placed):
+        adapt(twin, _twin_config(config, full, twin), rngs=nnx.Rngs(0))
+        _stir(twin)
+    rows = 2 * mesh.shape[DATA] * mesh.shape[FSDP]
+    ids = np.random.default_rng(0).integers(0, small["vocab_size"], (rows, min(_TOKENS, alone.max_length)))
+    require_equal_on(mesh, alone, placed, ids.astype(np.int32))
+
+
+def _small(values: Mapping[str, Any], where: str, mesh: Mesh) -> dict[str, Any]:
+    """The configuration with few layers and a small vocabulary, which `tensor` divides if it divides the real one."""
+    sizes = sizes_of(values, where)
+    small = dict(values)
+    tensor = mesh.shape[TENSOR]
+    small["vocab_size"] = min(sizes.vocab_size, 64 * tensor + (1 if sizes.vocab_size % tensor else 0))
+    kinds = sizes.layer_types if isinstance(sizes, DecoderConfig) else ("layer",)
+    layers = 1 + max(kinds.index(kind) for kind in set(kinds))
+    small["n_layers" if "n_layers" in values else "num_hidden_layers"] = layers
+    if "layer_types" in values:
+        small["layer_types"] = values["layer_types"][:layers]
+    return small
+
+
+def _twin_config(config: MELoRAConfig, full: nnx.Module, twin: nnx.Module) -> MELoRAConfig:
+    """The adapters that `full` would get, for a twin with fewer layers: those of any layer go to each."""
+    specs = {_template(site.path): site.spec for site in plan_sites(full, config).sites.values()}
+    sites = {path_of(path): node for path, node in walk(twin) if isinstance(node, nnx.Module)}
+    found = {re.escape(path): specs[_template(path)] for path in sites if _template(path) in specs}
+    return dataclasses.replace(
+        config,
+        layers=None,
+        exclude=(),
+        targets="|".join(found) if found else (),
+        n_pattern={path: spec.n for path, spec in found.items()},
+        rank_pattern={path: spec.r for path, spec in found.items()},
+        alpha_pattern={path: spec.alpha for path, spec in found.items()},
+    )
+
+
+def _template(path: str) -> str:
+    return re.sub(r"(^|/)\d+(?=/|$)", r"\1*", path)
+
+
+def _stir(model: nnx.Module) -> None:
+    """Factors that are not zero, the same in every twin."""
+    rng = np.random.default_rng(1)
+    for _, variable in nnx.to_flat_state(nnx.state(model, MELoRAParam)):
+        drawn = 0.1 * rng.standard_normal(variable.shape).astype(np.float32)
+        placed = variable[...].sharding
+        variable.set_value(put(drawn, placed) if isinstance(placed, NamedSharding) else jnp.asarray(drawn))
+
+
+def require_equal_on(mesh: Mesh, alone: nnx.Module, placed: nnx.Module, ids: np.ndarray) -> None:
+    """Compares two copies of a model, one of them on a mesh.
+
+    Args:
+      mesh: the mesh.
+      alone: on one device.
+      placed: the same on the mesh.
+      ids: what both are called with, `[b, t]`.
+
+    Raises:
+      ValueError: loss or gradients differ by more than rounding.
+    """
+    found = _distances(_step(alone, ids, None), _step(placed, ids, mesh))
+    worst = max(found, key=lambda path: found[path])
+    if found[worst] <= TOLERANCE:
+        return
+    outputs = _distances(_outputs(alone, ids, None), _outputs(placed, ids, mesh))
+    layer = next((path for path, distance in outputs.items() if distance > TOLERANCE), worst)
+    sizes = ", ".join(f"{name}={mesh.shape[name]}" for name in AXES)
+    raise ValueError(
+        f"on a mesh of {sizes} {layer} gives other values than on one device (relative difference "
+        f"{outputs.get(layer, found[worst]):.1e}): this version of XLA partitions it wrongly; choose a mesh with an "
+        "axis of size 1, or another version of jax"
+    )
+
+
+def _step(model: nnx.Module, ids: np.ndarray, mesh: Mesh | None) -> dict[str, np.ndarray]:
+    """Loss and gradients of a probe step, by path."""
+    graphdef, trainable, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss(trainable: nnx.State, rest: nnx.State, ids: jax.Array) -> jax.Array:
+        return jnp.square(_call(nnx.merge(graphdef, trainable, rest, copy=True), ids)).mean()
+
+    value, gradients = _run(jax.value_and_grad(loss), (trainable, rest), ids, mesh)
+    leaves = jax.tree_util.tree_leaves_with_path(gradients)
+    return {"the loss": value} | {path_of(path): gradient for path, gradient in leaves}
+
+
+def _outputs(model: nnx.Module, ids: np.ndarray, mesh: Mesh | None) -> dict[str, np.ndarray]:
+    """The output of each dense layer, by its path, in the order of the forward pass."""
+    tapped = rewrite(nnx.clone(model), lambda path, node: _Tap(node, path_of(path)) if _is_dense(node) else node)
+    graphdef, state, rest = nnx.split(tapped, FrozenParam, ...)
+
+    def run(state: nnx.State, rest: nnx.State, ids: jax.Array) -> list[jax.Array]:
+        token = _seen.set({})
+        try:
+            _call(nnx.merge(graphdef, state, rest, copy=True), ids)
+            outputs = _seen.get() or {}
+        finally:
+            _seen.reset(token)
+        names.extend(outputs)
+        return list(outputs.values())
+
+    names: list[str] = []
+    outputs = _run(run, (state, rest), ids, mesh)
+    return dict(zip(names, outputs, strict=True))
+
+
+def _run(function: Any, states: tuple[Any, Any], ids: np.ndarray, mesh: Mesh | None) -> Any:
+    """`function(*states, ids)`, at full precision, with its results on the host."""
+    with jax.default_matmul_precision("highest"):
+        if mesh is None:
+            return jax.tree.map(np.asarray, jax.jit(function)(*states, ids))
+        compiled = jax.jit(function, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        with jax.set_mesh(mesh):
+            return jax.tree.map(np.asarray, compiled(*states, put(ids, batch_sharding(mesh))))
+
+
+def _call(model: Any, ids: jax.Array) -> jax.Array:
+    return model(ids).astype(jnp.float32)
+
+
+def _is_dense(node: Any) -> bool:
+    return isinstance(node, MELoRADense | nnx.Linear)
+
+
+class _Tap(nnx.Module):
+    """A layer whose outputs are noted while `_outputs` traces."""
+
+    def __init__(self, layer: Any, path: str) -> None:
+        self.layer = layer
+        self.path = path
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.layer(x)
+        seen = _seen.get()
+        if seen is not None:
+            seen[self.path] = y
+        return y
+
+
+def _distances(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """The largest difference of each array, over its largest magnitude; that of NaN is infinite."""
+    found = {}
+    for path, value in one.items():
+        distance = np.abs(np.float64(value) - other[path]).max(initial=0) / max(np.abs(value).max(initial=0), 1e-12)
+        found[path] = float(np.nan_to_num(distance, nan=np.inf))
+    return found

@@ -1,0 +1,197 @@
+"""The sections of a run's configuration. Field docstrings are the command line's help."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from train.config.adapter_section import AdaLoRAConfig, AdapterConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The pretrained model."""
+
+    name: str = ""
+    """A folder with config.json and safetensors, or a Hugging Face hub id."""
+    task: Literal["classification", "regression", "causal-lm"] = "classification"
+    """What the model predicts: a class, one number, or the next token."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the model's computation; adapters and optimizer state stay float32."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What a decoder's backward pass computes again, to save memory: nothing, all but products, or whole layers."""
+    stack_layers: bool = False
+    """Run equal layers as one scan: a deep model compiles in the time of a shallow one."""
+    quantize: Literal["int8", "nf4"] | None = None
+    """Hold the frozen kernels of the layers in 8 or 4 bits; adapters are trained in float32 on top."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The text: a hub data set (`name`), or two local files (`train` and `validation`)."""
+
+    name: str | None = None
+    """A Hugging Face data set, or a GLUE task as glue/rte; beside two files it names the task that they hold."""
+    subset: str | None = None
+    """The hub data set's subset (configuration), where it has several."""
+    validation_split: str | None = None
+    """The hub split that is held out; by default validation, or what GLUE uses."""
+    train: str | None = None
+    """Training rows: a .jsonl, .json, .csv, .tsv (without quoting) or .parquet file."""
+    validation: str | None = None
+    """Held-out rows, same formats."""
+    text: tuple[str, ...] = ()
+    """One or two text columns; by default GLUE's own, else text."""
+    label: str = "label"
+    """The label column."""
+    label_names: tuple[str, ...] = ()
+    """Class names in the order of their numbers; by default the data set's own, else sorted."""
+    max_length: int = 256
+    """Tokens a row; longer rows are cut, and counted."""
+    buckets: tuple[int, ...] = (12, 16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512)
+    """Widths that batches are padded to, each compiled once; those under max_length count, and max_length itself."""
+    train_limit: int | None = None
+    """Train on the first so many rows only."""
+    eval_limit: int | None = None
+    """Evaluate on the first so many rows only."""
+    held_back: int | None = None
+    """Evaluate on so many training rows, drawn at random and left out of training, instead of the held-out ones:
+    settings are to be chosen on rows that are not the reported ones."""
+
+
+@dataclasses.dataclass(frozen=True)
+class InstructionConfig:
+    """How the rows of a causal-lm run, conversations, become tokens."""
+
+    format: Literal["alpaca", "sharegpt", "messages", "completion"] | None = None
+    """The rows' columns: instruction, input and output; conversations; messages; prompt and completion. By default the
+    format that fits."""
+    template: Literal["chat", "alpaca"] = "chat"
+    """The tokenizer's own chat template, or Stanford Alpaca's."""
+    loss: Literal["responses", "all"] = "responses"
+    """The tokens that count in the loss."""
+    lost: Literal["drop", "error"] = "drop"
+    """What becomes of a row whose whole response is cut off by data.max_length, where responses alone count."""
+    held_out: int | None = None
+    """Hold out so many of the training rows, drawn at random, instead of reading data.validation."""
+    pack: bool = True
+    """Put several conversations into one row of data.max_length tokens, none seeing another; else one a row."""
+    chunk: int = 1024
+    """Tokens whose logits are held at once."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    learning_rate: float = 4e-4
+    """Peak learning rate."""
+    head_learning_rate: float | None = None
+    """Peak learning rate of modules_to_save; by default learning_rate (the authors take half of it)."""
+    b_learning_rate: float | None = None
+    """Peak learning rate of the B factors; by default learning_rate, for adapter.method=lora+ 16 times it."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of all trainable arrays."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.999
+    """Decay of the second moment."""
+    epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    warmup_ratio: float = 0.06
+    """Share of all steps in which the learning rate rises from 0."""
+    clip_norm: float = 1.0
+    """Largest global norm of the trainable gradients."""
+    schedule: Literal["linear", "constant", "cosine"] = "linear"
+    """The learning rate's course after warm-up."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    epochs: int = 3
+    """Passes over the training rows."""
+    max_steps: int | None = None
+    """End after so many optimizer steps, if sooner."""
+    batch_size: int = 32
+    """Rows an optimizer step."""
+    accumulate: int = 1
+    """Parts a batch is split into, one after another, to save memory."""
+    seed: int = 42
+    """Seed of the head, the adapters, the order of rows and dropout."""
+    data_seed: int | None = None
+    """Seed of the order of rows alone; by default seed."""
+    eval_every: int | None = None
+    """Evaluate every so many steps; by default after each epoch."""
+    eval_at_start: bool = False
+    """Evaluate before the first step too."""
+    eval_batch_size: int = 64
+    """Rows an evaluation batch."""
+    metric: str | None = None
+    """The metric that ranks checkpoints (or loss); by default the task's first."""
+    warm_start: str | None = None
+    """The folder of an adapter, such as one trained on MNLI, whose factors these start from; heads start anew."""
+    patience: int | None = None
+    """Stop after so many evaluations without a better metric; by default never."""
+    log_every: int = 10
+    """Log every so many steps."""
+    tensorboard: bool = False
+    """Write TensorBoard events too."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How devices share the work; all 1 is one device, and -1 in one of the three is the rest of the devices."""
+
+    data: int = 1
+    """Parts that a batch's rows are shared out to; each holds the whole base model."""
+    fsdp: int = 1
+    """The same, but the base model is shared out to them too, and gathered a layer at a time."""
+    tensor: int = 1
+    """Parts that attention heads, inner features and mini-adapters are shared out to."""
+    whole_factors: Literal["say", "error"] = "say"
+    """What becomes of adapters that tensor does not divide, whose factors every device would hold whole."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Parts by axis."""
+        return {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """Several hosts that run the same command, one process each, and share a file system."""
+
+    cluster: Literal["none", "auto"] = "none"
+    """auto: SLURM, Open MPI or a TPU pod tells the processes of each other."""
+    coordinator: str | None = None
+    """Where no cluster tells it, host:port of process 0."""
+    processes: int | None = None
+    """How many processes there are."""
+    process: int | None = None
+    """The number of this one, from 0; give it on the command line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputConfig:
+    """Where results go."""
+
+    folder: str = ""
+    """The run's folder; by default runs/ and the recipe's name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sections:
+    """Fine-tune a pretrained model with MELoRA adapters."""
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    instruction: InstructionConfig = dataclasses.field(default_factory=InstructionConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
+    output: OutputConfig = dataclasses.field(default_factory=OutputConfig)
+    adalora: AdaLoRAConfig = dataclasses.field(default_factory=AdaLoRAConfig)

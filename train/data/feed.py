@@ -1,0 +1,55 @@
+"""Batches on their way to the devices: put together from the rows that each process holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import melora_jax as mj
+from train.data.dataset import Rows
+from train.loop.losses import Batch
+
+Feed = Callable[[Rows, Any], Batch]
+
+
+def make_feed(mesh: Mesh | None) -> Feed:
+    """A function of a split's rows and those of one batch to its arrays: on `mesh`, or on the host without one.
+
+    With several processes all must call it for the same batch: each says what it holds of it (see `train.shares`), and
+    gets the rows that belong on its devices.
+    """
+    if mesh is None:
+        return lambda source, rows: source.batch(rows)
+    if jax.process_count() == 1:
+        return lambda source, rows: jax.device_put(source.batch(rows), mj.batch_sharding(mesh))
+    exchange = make_exchange(mesh, jax.local_device_count())
+    return lambda source, rows: exchange(source.batch(rows))
+
+
+def make_exchange(mesh: Mesh, here: int) -> Callable[[Batch], Batch]:
+    """A function of what this process, with `here` of the mesh's devices, knows of a batch to the whole, on `mesh`.
+
+    Each place of a batch is known to a process at least, and is less where it is not known (`train.batching.ABSENT`, or
+    0 for a weight): the whole is the largest that any says.
+    """
+    one_a_device = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+    def largest(said: Batch) -> Batch:
+        return {name: array.max(0) for name, array in said.items()}
+
+    together = jax.jit(largest, out_shardings=mj.batch_sharding(mesh))
+
+    def exchange(batch: Batch) -> Batch:
+        said: dict[str, Any] = {
+            name: jax.make_array_from_process_local_data(
+                one_a_device, np.broadcast_to(array, (here, *array.shape)), (mesh.size, *array.shape)
+            )
+            for name, array in batch.items()
+        }
+        return together(said)
+
+    return exchange

@@ -1,0 +1,65 @@
+"""Whether two runs ended alike: every file and array, bit by bit, all but what tells the time and the place."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from train.loop.checkpoint import Bookkeeping, Checkpoints
+from train.run_folder.leftovers import leftovers
+from train.run_folder.log import read_metrics
+
+# Equal runs differ in when they ran, and in where: config.toml and the report name their own folder.
+_OF_TIME = ("seconds", "examples_per_second", "tokens_per_second", "memory_bytes")
+_OF_PLACE = ("config.toml", "report.html", "metrics.jsonl")
+
+
+def differences(folder: Path, reference: Path) -> list[str]:
+    """What in the run of `folder` is not as in that of `reference`, and what a killed write left; empty where alike."""
+    found = [f"leftover {entry.name}" for entry in temporary_entries(folder)]
+    ours, theirs = _files(folder), _files(reference)
+    found += [f"{name} is in one of the two alone" for name in sorted(ours.keys() ^ theirs.keys())]
+    common = sorted(ours.keys() & theirs.keys() - set(_OF_PLACE))
+    found += [f"{name} differs" for name in common if ours[name].read_bytes() != theirs[name].read_bytes()]
+    if _events(folder) != _events(reference):
+        found.append("metrics.jsonl differs")
+    return found + _checkpoint_differences(folder / "checkpoints", reference / "checkpoints")
+
+
+def temporary_entries(folder: Path) -> list[Path]:
+    """The temporary files and folders of writes under way, or killed, in a run's folder."""
+    return leftovers(folder) + sorted((folder / "checkpoints").glob("*tmp*"))
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """The run's files by name, without its checkpoints, whose files hold times and random names."""
+    names = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path for name, path in names.items() if not name.startswith("checkpoints")}
+
+
+def _events(folder: Path) -> list[dict[str, Any]]:
+    return [{key: value for key, value in event.items() if key not in _OF_TIME} for event in read_metrics(folder)]
+
+
+def _checkpoint_differences(folder: Path, reference: Path) -> list[str]:
+    with Checkpoints(folder, Bookkeeping) as ours, Checkpoints(reference, Bookkeeping) as theirs:
+        if ours.steps() != theirs.steps():
+            return [f"there are checkpoints of steps {ours.steps()}, not {theirs.steps()}"]
+        mine, other = ours.arrays(), theirs.arrays()
+        found = [
+            f"checkpoint array {name} differs" for name in mine.keys() | other.keys() if not _same(name, mine, other)
+        ]
+        mine, other = (dataclasses.asdict(each.notes()) for each in (ours, theirs))
+    return found + [
+        f"checkpoint {key} differs" for key in mine if key not in ("seconds", "config") and mine[key] != other[key]
+    ]
+
+
+def _same(name: str, ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> bool:
+    if name not in ours or name not in theirs:
+        return False
+    one, two = ours[name], theirs[name]
+    return one.dtype == two.dtype and one.shape == two.shape and one.tobytes() == two.tobytes()

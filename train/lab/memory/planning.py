@@ -1,0 +1,179 @@
+"""The memory of a run on one device of a mesh, from abstract shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType
+
+import melora_jax as mj
+from train.config.methods import penalty, rank_budget
+from train.config.run_config import RunConfig
+from train.config.tasks import glue_task
+from train.lab.memory.devices import rows_a_device
+from train.lab.memory.liveness import bytes_of, peak_bytes
+from train.loop.losses import Batch, make_loss, measurer
+from train.loop.setup import TASKS
+
+_STEPS = 100_000  # of a run whose data is not read: it sets AdaLoRA's schedule, on which no size depends
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Bytes on one device.
+
+    Attributes:
+      base: the frozen parameters.
+      gathered: one layer's kernels, put together from their shards for its products; 0 without fsdp.
+      trainable: adapters and head.
+      optimizer: its state.
+      gradients: those of the trainables.
+      batch: the rows.
+      activations: the rest of what the step holds at its fullest moment: what the backward pass needs, workspace, and
+        the logits of a chunk.
+    """
+
+    base: int
+    gathered: int
+    trainable: int
+    optimizer: int
+    gradients: int
+    batch: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(dataclasses.asdict(self).values())
+
+
+def abstract_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
+    """A mesh of so many devices that need not be there."""
+    return AbstractMesh((data, fsdp, tensor), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def plan_run(config: RunConfig, mesh: AbstractMesh, *, cpu: bool = False) -> Plan:
+    """The memory of a run on one device of a mesh.
+
+    Args:
+      config: the run's.
+      mesh: its devices.
+      cpu: whether these are CPUs, on which XLA widens bfloat16 (see `peak_bytes`).
+
+    Raises:
+      ValueError, FileNotFoundError: whatever is wrong with the model's config.json, the adapter or the batch.
+    """
+    rows = rows_a_device(config.train.batch_size, config.train.accumulate, mesh)
+    run = abstract_run(config, rows, mesh)
+    state, frozen, batch, _ = run.arguments
+    cut = _cut_sizes(run.model, (frozen, state.trainable), mesh.shape["tensor"])
+
+    def size(aval: Any) -> int:
+        return bytes_of(aval) // (mesh.shape["tensor"] if cut & set(aval.shape[1:]) else 1)
+
+    program = jax.make_jaxpr(run.step)(*run.arguments)
+    peak = peak_bytes(program, size, donated=len(jax.tree.leaves(state)), cpu=cpu)
+    gradients = _bytes(state.trainable)
+    return Plan(
+        base=_bytes(frozen),
+        gathered=_largest_layer(frozen, mesh.shape["fsdp"]),
+        trainable=gradients,
+        optimizer=_bytes(state.opt_state),
+        gradients=gradients,
+        batch=sum(map(bytes_of, batch.values())) * config.train.accumulate,
+        activations=max(0, peak - gradients),
+    )
+
+
+class AbstractRun(NamedTuple):
+    """A run's model, training step and the step's arguments, with shapes in place of arrays."""
+
+    model: Any
+    step: Any
+    arguments: tuple[mj.TrainState, nnx.State, Batch, Any]
+
+
+def abstract_run(config: RunConfig, rows: int, mesh: AbstractMesh | None = None) -> AbstractRun:
+    """The run of a configuration, a step of it taking `rows` of the longest rows; its state as it lies on `mesh`."""
+    model = adapted_shapes(config)
+    budget = rank_budget(config, config.train.max_steps or _STEPS)
+    tx = mj.make_optimizer(model, config.optim.learning_rate, clip_norm=config.optim.clip_norm, rank_budget=budget)
+    state, frozen = mj.abstract_train_state(model, tx, mesh)
+    loss = make_loss(measurer(config.model.task, config.instruction.chunk), penalty(config))
+    step = mj.make_train_step(model, tx, loss)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return AbstractRun(model, step, (state, frozen, _abstract_batch(config, rows), key))
+
+
+def adapted_shapes(config: RunConfig) -> Any:
+    """The adapted model, with shapes in place of arrays."""
+    glue = glue_task(config.data.name)
+    classes = len(config.data.label_names) or (glue.classes if glue else None)
+
+    def adapted(model: Any) -> Any:
+        if config.model.quantize:
+            mj.quantize(model, config.model.quantize)
+        mj.adapt(model, config.melora, rngs=nnx.Rngs(0))
+        return model
+
+    model = mj.abstract_model(
+        config.model.name,
+        task=TASKS[config.model.task],
+        num_labels=classes,
+        dtype=config.model.dtype,
+        remat=config.model.remat,
+    )
+    return nnx.eval_shape(adapted, model)
+
+
+def _abstract_batch(config: RunConfig, rows: int) -> Batch:
+    """A batch of the longest rows, as `Rows.batch` makes them."""
+
+    def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    length = config.data.max_length
+    batch: Batch = {"input_ids": array(rows, length)}
+    if config.model.task == "causal-lm":
+        batch |= {"labels": array(rows, length), "weights": array(rows, length, dtype=jnp.float32)}
+        if config.instruction.pack:
+            batch |= {"segment_ids": array(rows, length), "position_ids": array(rows, length)}
+        return batch
+    label = jnp.float32 if config.model.task == "regression" else jnp.int32
+    batch["attention_mask"] = array(rows, length)
+    return batch | {"labels": array(rows, dtype=label), "weight": array(rows, dtype=jnp.float32)}
+
+
+def _bytes(tree: Any) -> int:
+    """What one device holds of the arrays of a tree."""
+    return sum(map(_own_bytes, jax.tree.leaves(tree)))
+
+
+def _own_bytes(leaf: Any) -> int:
+    return bytes_of(jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype))
+
+
+def _cut_sizes(model: Any, tree: Any, tensor: int) -> set[int]:
+    """The sizes of the axes that tensor cuts: of kernels and so of what they give, and of heads."""
+    heads = {count for count in (model.layout.heads, model.layout.kv_heads) if count % tensor == 0}
+    leaves = jax.tree.leaves(tree)
+    cut = {
+        size for leaf in leaves for size, axis in zip(leaf.shape, leaf.sharding.spec, strict=False) if axis == "tensor"
+    }
+    return heads | cut if tensor > 1 else set()
+
+
+def _largest_layer(frozen: nnx.State, fsdp: int) -> int:
+    """Bytes of the numbered layer that has the most, gathered from its shards over fsdp; 0 where there are none."""
+    layers: dict[str, int] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(frozen):
+        numbered = re.match(r".*?/\d+/", jax.tree_util.keystr(path, simple=True, separator="/"))
+        if numbered and fsdp > 1:
+            parts = fsdp if "fsdp" in leaf.sharding.spec else 1
+            layers[numbered[0]] = layers.get(numbered[0], 0) + parts * _own_bytes(leaf)
+    return max(layers.values(), default=0)

@@ -1,0 +1,59 @@
+"""The runs of a table's row, trained as one population; what is finished is kept, and what was broken off goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from train.config.run_config import RunConfig
+from train.loop.finish import finish
+from train.loop.loop import Outcome, describe_stop, run
+from train.loop.population import run_population
+from train.loop.setup import prepare
+from train.report.report import FILE_NAME
+
+
+def run_cells(configs: Sequence[RunConfig], folder: Path, command: Sequence[str]) -> Outcome | None:
+    """Trains runs that differ in numbers alone to their end, unless their folders hold them finished.
+
+    Args:
+      configs: of the runs.
+      folder: for what a population of several has in common.
+      command: the words that go on with it.
+
+    Returns:
+      None, or how a run ended that a signal stopped.
+    """
+    if all(is_finished(Path(config.output.folder)) for config in configs):
+        return None
+    if len(configs) == 1:
+        return _run_alone(configs[0])
+    outcomes = run_population(configs, folder, command, resume=folder.exists())
+    if stopped := next((outcome for outcome in outcomes if outcome.stopped_by), None):
+        return stopped
+    for config in configs:
+        if not is_finished(Path(config.output.folder)):
+            raise ValueError(
+                f"{folder} says that its runs are finished, and {config.output.folder} is not; remove both to train "
+                "again"
+            )
+    return None
+
+
+def _run_alone(config: RunConfig) -> Outcome | None:
+    experiment = prepare(config)
+    outcome = run(experiment, resume=_is_started(experiment.folder))
+    if outcome.stopped_by:
+        print(describe_stop(outcome, experiment.folder))
+        return outcome
+    finish(experiment)
+    return None
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run in `folder` came to its end: its report is written last."""
+    return (folder / FILE_NAME).exists()
+
+
+def _is_started(folder: Path) -> bool:
+    return (folder / "metrics.jsonl").exists() or (folder / "checkpoints").exists()
