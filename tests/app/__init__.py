@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""Tests of the application in train/."""

@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""Tests of melora_jax without its models."""

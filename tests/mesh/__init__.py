@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""Tests on simulated devices and in several processes."""

@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""Tests of the model families against torch transformers."""

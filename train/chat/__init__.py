@@ -1,1 +1,4 @@
-"""Placeholder."""
+"""Talking with a decoder: a tokenizer, a template and an adapter answering messages.
+
+Imports `data` and `config`.
+"""

@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""The commands that users run, one a file; imports everything below."""

@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""Files to rows, rows to tokens, tokens to batches; imports `config` and `hosts`."""

@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""The two demos; imports `loop`, `report` and `assets`."""

@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""Several processes: joining, sharing rows out, and stopping together; imports `config`."""

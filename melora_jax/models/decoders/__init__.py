@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""Llama, Mistral, Qwen, Gemma and SmolLM as one configurable decoder; imports `nn`, `core` and `models.base`."""

@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""BERT, RoBERTa, XLM-R and DistilBERT with their heads; imports `nn`, `core` and `models.base`."""

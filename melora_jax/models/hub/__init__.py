@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""Hugging Face checkpoints: names, loading into shards and saving; imports the model families and `gguf`."""

@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""What a run holds on a device, from shapes alone; imports `loop` and below."""

@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""Tasks by methods by seeds, their scores and figures; imports `loop`, `report` and below."""
