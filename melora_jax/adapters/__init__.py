@@ -2,3 +2,28 @@
 
 Imports `nn`, `core` and below.
 """
+
+from melora_jax.adapters.adalora import AdaLoRADense, orthogonality
+from melora_jax.adapters.adapt import adapt, describe
+from melora_jax.adapters.dora import DoRADense
+from melora_jax.adapters.melora import MELoRADense
+from melora_jax.adapters.merge import merge, unwrap
+from melora_jax.adapters.params import BaseParam, FrozenParam, MELoRAParam
+from melora_jax.adapters.pissa import PiSSADense
+from melora_jax.core.report import Adaptation
+
+__all__ = [
+    "AdaLoRADense",
+    "Adaptation",
+    "BaseParam",
+    "DoRADense",
+    "FrozenParam",
+    "MELoRADense",
+    "MELoRAParam",
+    "PiSSADense",
+    "adapt",
+    "describe",
+    "merge",
+    "orthogonality",
+    "unwrap",
+]

@@ -19,10 +19,9 @@ from melora_jax.adapters.plan import Plan, plan_sites
 from melora_jax.adapters.probing import check_outputs_move
 from melora_jax.adapters.tensor_parallel import factor_sharding, whole_notes
 from melora_jax.adapters.variants import layer_type
-from melora_jax.checkpoints.peft.servers import rank_note, served_rank
 from melora_jax.config import MELoRAConfig
 from melora_jax.core.blocks import start_key
-from melora_jax.core.report import Adaptation, Site
+from melora_jax.core.report import Adaptation, Site, rank_note, served_rank
 from melora_jax.nn.scan_layers import is_stacked, unstacked
 from melora_jax.nn.sharding import put
 from melora_jax.nn.tree import path_of, rewrite, walk

@@ -23,6 +23,8 @@ from flax import nnx
 from jax.sharding import AbstractMesh
 
 from melora_jax import validation
+from melora_jax.adapters.layer_strategy import chosen_strategy, strategy_on, sums_whole
+from melora_jax.adapters.merged_output import merged_output, why_unmergeable_on
 from melora_jax.adapters.params import MELoRAParam, freeze
 from melora_jax.adapters.tensor_parallel import product_with_adapter
 from melora_jax.config import AdapterSpec, Init, Mixer, Scaling, Strategy, Variant
@@ -36,8 +38,6 @@ from melora_jax.core.adapter_update import (
     update_of,
 )
 from melora_jax.core.dense_view import DenseView, checked_view, view_at_call, view_of
-from melora_jax.core.products.layer_strategy import chosen_strategy, strategy_on, sums_whole
-from melora_jax.core.products.merged import merged_output, why_unmergeable_on
 from melora_jax.nn.parallel import ParallelDot
 from melora_jax.nn.quantized import QuantizedLinear
 from melora_jax.nn.sharding import DATA, FSDP, active_mesh

@@ -12,7 +12,8 @@ from melora_jax.checkpoints.native_format import TENSOR_FILE, read_adapter
 from melora_jax.checkpoints.peft.config import PEFT_CONFIG
 from melora_jax.checkpoints.peft.export import PEFT_TENSORS
 from melora_jax.checkpoints.peft.reader import read_peft
-from melora_jax.checkpoints.peft.servers import Reader, rank_note, readers
+from melora_jax.checkpoints.peft.servers import Reader, readers
+from melora_jax.core.report import rank_note
 from melora_jax.core.spectrum import effective_rank, numerical_rank, singular_values
 from melora_jax.files.safetensors_io import TensorFile, read_json
 

@@ -7,6 +7,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+# The values that vLLM's --max-lora-rank takes; 16 is its default.
+SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
 
 @dataclasses.dataclass(frozen=True)
 class Site:
@@ -64,6 +67,27 @@ class Adaptation:
         counts = f"\nadapters {self.adapter:,}{base} + head {self.head:,} = {self.trainable:,} trainable"
         notes = "".join(f"\n{note}" for note in self.notes)
         return f"{table}{saved}{counts} ({share:.2f} %), {self.frozen:,} frozen{notes}"
+
+
+def served_rank(rank: int) -> int | None:
+    """The --max-lora-rank that vLLM must be given for an adapter of `rank`; None above its limit.
+
+    >>> served_rank(9), served_rank(513)
+    (16, None)
+    """
+    return next((served for served in SERVED_RANKS if served >= rank), None)
+
+
+def rank_note(rank: int) -> str:
+    """What to know of vLLM's rank limit for a plain export of `rank`.
+
+    >>> rank_note(64)
+    'vLLM serves it with --max-lora-rank 64'
+    """
+    served = served_rank(rank)
+    if served is None:
+        return f"above vLLM's limit of {SERVED_RANKS[-1]}; merge the model to serve it there"
+    return f"vLLM serves it with --max-lora-rank {served}"
 
 
 def _rows(sites: Sequence[Site]) -> list[tuple[str, ...]]:

@@ -4,11 +4,11 @@ Members may differ in start, in the key of their dropout, in what the optimizer 
 decay), in alpha and in the rate of the adapters' dropout. A product with a frozen kernel is one product over the rows
 of all members, and those of the adapters are batched::
 
-    members = mj.make_members(keys, optim={"rate": rates}, alpha=factors, dropout=rates)
-    state, frozen = mj.population_state(models, make_tx, members)
-    step = mj.make_population_step(model, make_tx, loss)
+    members = make_members(keys, optim={"rate": rates}, alpha=factors, dropout=rates)
+    state, frozen = population_state(models, make_tx, members)
+    step = make_population_step(model, make_tx, loss)
     state, metrics = step(state, frozen, batch, members)          # metrics [m]
-    lone = mj.member_state(state, 3)                              # the state of one member's lone run
+    lone = member_state(state, 3)                              # the state of one member's lone run
 
 What sets shapes or code (n, r, mixer, targets, the optimizer's kind) is the same for all.
 """

@@ -23,7 +23,9 @@ from flax import nnx
 import melora_jax as mj
 from melora_jax.core.dropout import dropout_key, keep_mask
 from melora_jax.files.safetensors_io import TensorFile
+from melora_jax.models import abstract_model
 from melora_jax.nn.parallel import ParallelDot
+from melora_jax.training import abstract_train_state, check_mesh
 from tests.support import tiny_run
 from tests.support.mesh_bytes import table
 from tests.support.mesh_runs import HEADS, TASKS, WHOLE, Run, adapted, compare, distance, train, write_checkpoints
@@ -70,7 +72,7 @@ def check_planned(folder: Path, mesh: jax.sharding.Mesh) -> dict[str, bool]:
         model = adapted(folder, family, mesh, qtype)
         tx = mj.make_optimizer(model, 1e-3, head_learning_rate=1e-3)
         task, labels = TASKS[family]
-        shapes = mj.abstract_model(folder / family, task=task, num_labels=labels)
+        shapes = abstract_model(folder / family, task=task, num_labels=labels)
         config = model.melora_config
 
         def adapt(shapes: Any, qtype: Any = qtype, config: Any = config) -> Any:
@@ -79,7 +81,7 @@ def check_planned(folder: Path, mesh: jax.sharding.Mesh) -> dict[str, bool]:
             mj.adapt(shapes, config, rngs=nnx.Rngs(0))
             return shapes
 
-        planned = mj.abstract_train_state(nnx.eval_shape(adapt, shapes), tx, mesh.abstract_mesh)
+        planned = abstract_train_state(nnx.eval_shape(adapt, shapes), tx, mesh.abstract_mesh)
         pairs = zip(jax.tree.leaves(planned), jax.tree.leaves(mj.train_state(model, tx)), strict=True)
         equal[name] = all(
             (ours.shape, ours.dtype, ours.sharding.shard_shape(ours.shape))
@@ -164,7 +166,7 @@ def guarded(path: Path, family: str, mesh: jax.sharding.Mesh, task: str, labels:
     head = "score" if family == "llama" and labels else HEADS[family]
     config = mj.MELoRAConfig(n=8, targets=targets, layers=[0], modules_to_save=[head])
     try:
-        mj.check_mesh(path, config, mesh, task=task, num_labels=labels)
+        check_mesh(path, config, mesh, task=task, num_labels=labels)
     except ValueError as error:
         return str(error)
     return "equal"

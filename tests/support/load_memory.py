@@ -29,6 +29,7 @@ from melora_jax.files.safetensors_io import write_tensors
 from melora_jax.models import model_from_config
 from melora_jax.models.hub.load import variables_of
 from melora_jax.models.hub.names import torch_name, torch_shape
+from melora_jax.nn import batch_sharding
 
 CONFIG = {
     "model_type": "llama",
@@ -88,7 +89,7 @@ def own_memory() -> int:
 
 def measure(folder: Path) -> None:
     mesh = mj.make_mesh(fsdp=4, tensor=2)
-    jax.block_until_ready(jax.device_put(np.ones(8), mj.batch_sharding(mesh)) if jax.process_count() == 1 else ())
+    jax.block_until_ready(jax.device_put(np.ones(8), batch_sharding(mesh)) if jax.process_count() == 1 else ())
     with Peak() as peak:
         model = mj.from_pretrained(folder, task="causal-lm", dtype="bfloat16", mesh=mesh)
         jax.block_until_ready(nnx.state(model))

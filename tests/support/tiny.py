@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 import melora_jax as mj
+from melora_jax.adapters import Adaptation
 
 VOCAB, WIDTH, INNER, LABELS = 13, 6, 10, 3
 IDS = jnp.array([[1, 5, 2, 12], [7, 0, 3, 3]])
@@ -109,7 +110,7 @@ def assert_equal(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> No
         assert value.tobytes() == other[path].tobytes(), path
 
 
-def check_round_trip(model: Any, config: mj.MELoRAConfig, *inputs: Any, start: float = 0) -> mj.Adaptation:
+def check_round_trip(model: Any, config: mj.MELoRAConfig, *inputs: Any, start: float = 0) -> Adaptation:
     """Zero start, merge == adapted, unwrap == before, and each adapter moves the output."""
     before, y = snapshot(model), np.asarray(run(model, *inputs))
     adaptation = mj.adapt(model, config, rngs=nnx.Rngs(1), probe=inputs)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-import melora_jax as mj
+from melora_jax.generation import NewTokens, stream
 from train.chat.text_stream import TextStream
 from train.config.recipe import read_recipe
 from train.data.conversations import Conversation
@@ -117,7 +117,7 @@ class Answers:
         mask = np.arange(max(map(len, prompts))) < np.array([[len(prompt)] for prompt in prompts])
         ids = np.zeros(mask.shape, np.int32)
         ids[mask] = np.concatenate(prompts)
-        self._steps = mj.stream(
+        self._steps = stream(
             speaker.model,
             ids,
             mask,
@@ -152,7 +152,7 @@ class Answers:
                 return
         yield [self._last_piece(row, "length") for row in range(len(self._rows))]
 
-    def _tokens(self) -> Iterator[tuple[list[int], mj.NewTokens]]:
+    def _tokens(self) -> Iterator[tuple[list[int], NewTokens]]:
         """New tokens, and which answers the first of them belong to; those after them fill the batch up."""
         rows, size, kept = list(range(len(self._rows))), len(self._rows), None
         while True:
@@ -204,23 +204,6 @@ def find_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> Templ
     if name is None:
         name = "chat" if tokenizer.chat_template else "none"
     return None if name == "none" else make_template(tokenizer, name)
-
-
-def read_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder, hub id or GGUF file. It needs no padding token.
-
-    Raises:
-      ValueError: none there, or the hub not in reach.
-    """
-    if name.lower().endswith(".gguf"):
-        return mj.tokenizer_from_gguf(name)
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"no tokenizer at {name!r}; it needs tokenizer.json: {reason}") from error
 
 
 def adapter_folder(path: str) -> Path:

@@ -19,11 +19,11 @@ from train.chat.speaker import (
     Speed,
     adapter_folder,
     find_template,
-    read_tokenizer,
     template_of_run,
 )
 from train.data.conversations import Conversation, Turn
 from train.data.files import read_table
+from train.data.tokens import read_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import melora_jax as mj
+from melora_jax.adapters import orthogonality
+from melora_jax.training import RankBudget
 from train.config.adapter_section import AdapterConfig, Method
 from train.config.schema import OptimConfig, Sections
 
@@ -115,7 +117,7 @@ def with_method(optim: OptimConfig, section: AdapterConfig) -> OptimConfig:
     return dataclasses.replace(optim, b_learning_rate=ratio * optim.learning_rate)
 
 
-def rank_budget(config: Sections, total_steps: int) -> mj.RankBudget | None:
+def rank_budget(config: Sections, total_steps: int) -> RankBudget | None:
     """The budget of AdaLoRA's ranks over a run; None for other methods.
 
     Raises:
@@ -129,7 +131,7 @@ def rank_budget(config: Sections, total_steps: int) -> mj.RankBudget | None:
     widest = r if isinstance(r, int) else max(r)
     target = (widest + 1) // 2 if own.target_r is None else own.target_r
     try:
-        return mj.RankBudget(
+        return RankBudget(
             target_r=target,
             total_step=total_steps,
             tinit=tinit,
@@ -156,7 +158,7 @@ def penalty(config: Sections) -> Callable[[Any], Any] | None:
     if config.adapter.method != "adalora":
         return None
     weight = 0.5 if config.adalora.orthogonality is None else config.adalora.orthogonality
-    return (lambda model: weight * mj.orthogonality(model)) if weight else None
+    return (lambda model: weight * orthogonality(model)) if weight else None
 
 
 def method_name(method: str) -> str | None:

@@ -9,17 +9,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from train.chat.speaker import read_tokenizer
 from train.config.run_config import RunConfig
-from train.data.batching import BatchPlan, BatchRows, bucket_widths, eval_batches, make_batch
+from train.data.batching import Batch, BatchPlan, BatchRows, bucket_widths, eval_batches, make_batch
 from train.data.instruct import Examples, tokenize_conversations
 from train.data.instructions import load_instructions
 from train.data.labelled import Split, load_examples
 from train.data.packing import PackedRows, PackPlan, make_token_batch, packed_eval_batches
 from train.data.templates import make_template
-from train.data.tokens import Tokens, load_tokenizer, tokenize
+from train.data.tokens import Tokens, load_tokenizer, read_tokenizer, tokenize
 from train.hosts.shares import ALONE, Share
-from train.loop.losses import Batch
 
 # What only rows that hold several examples need: else the model sees to order and positions by itself, and padding
 # comes last, where no token looks.

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-import melora_jax as mj
+from melora_jax.nn import batch_sharding
+from train.data.batching import Batch
 from train.data.dataset import Rows
-from train.loop.losses import Batch
 
 Feed = Callable[[Rows, Any], Batch]
 
@@ -25,7 +25,7 @@ def make_feed(mesh: Mesh | None) -> Feed:
     if mesh is None:
         return lambda source, rows: source.batch(rows)
     if jax.process_count() == 1:
-        return lambda source, rows: jax.device_put(source.batch(rows), mj.batch_sharding(mesh))
+        return lambda source, rows: jax.device_put(source.batch(rows), batch_sharding(mesh))
     exchange = make_exchange(mesh, jax.local_device_count())
     return lambda source, rows: exchange(source.batch(rows))
 
@@ -41,7 +41,7 @@ def make_exchange(mesh: Mesh, here: int) -> Callable[[Batch], Batch]:
     def largest(said: Batch) -> Batch:
         return {name: array.max(0) for name, array in said.items()}
 
-    together = jax.jit(largest, out_shardings=mj.batch_sharding(mesh))
+    together = jax.jit(largest, out_shardings=batch_sharding(mesh))
 
     def exchange(batch: Batch) -> Batch:
         said: dict[str, Any] = {

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from melora_jax.models.gguf import tokenizer_from_gguf
 from train.hosts.shares import ALONE, Share, placed
 
 if TYPE_CHECKING:
@@ -53,6 +54,23 @@ class TokenReport:
 def lengths_of(rows: Sequence[np.ndarray | None]) -> list[int | None]:
     """How many tokens each row has that this process holds."""
     return [None if row is None else len(row) for row in rows]
+
+
+def read_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, hub id or GGUF file. It needs no padding token.
+
+    Raises:
+      ValueError: none there, or the hub not in reach.
+    """
+    if name.lower().endswith(".gguf"):
+        return tokenizer_from_gguf(name)
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"no tokenizer at {name!r}; it needs tokenizer.json: {reason}") from error
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

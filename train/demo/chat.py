@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from train.assets.assets import assets_cache, fetch_alpaca_demo, fetch_smollm2
-from train.chat.speaker import Manner, Speaker, read_tokenizer
+from train.chat.speaker import Manner, Speaker
 from train.config.run_config import RunConfig
 from train.config.schema import (
     AdapterConfig,
@@ -26,6 +26,7 @@ from train.config.schema import (
 )
 from train.data.conversations import Conversation, Turn
 from train.data.templates import make_template
+from train.data.tokens import read_tokenizer
 from train.demo.reviews import emptied
 from train.loop.finish import finish
 from train.loop.loop import describe_stop, exit_code, run

@@ -18,7 +18,9 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 import melora_jax as mj
-from train.chat.speaker import adapter_folder, read_tokenizer
+from melora_jax.models import abstract_model
+from train.chat.speaker import adapter_folder
+from train.data.tokens import read_tokenizer
 from train.harness.results import Report, results_table, write_results
 
 _SHOT_SEED = 1234  # lm-eval's own
@@ -79,7 +81,7 @@ def evaluate(words: Sequence[str]) -> int:
     chosen = _chosen(options)
     data = parse_data(options.data, chosen)
     mesh = _mesh(options.mesh)
-    mj.abstract_model(options.model, task="causal-lm")  # an encoder is found before its tokenizer is asked for
+    abstract_model(options.model, task="causal-lm")  # an encoder is found before its tokenizer is asked for
     tokenizer = read_tokenizer(options.model)
     _check_tokenizer(options, tokenizer)
     tasks = load_tasks(chosen, data)

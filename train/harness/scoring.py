@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 import melora_jax as mj
+from melora_jax.nn import batch_sharding
 from train.harness.batches import Batch, Tokens
 
 _TOKENS_AT_ONCE = 512  # of which the logits over the vocabulary are held
@@ -53,7 +54,7 @@ class Scorer:
             return array
         parts = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
         whole = jax.sharding.NamedSharding(self._mesh, jax.P())
-        return jax.device_put(array, whole if len(array) % parts else mj.batch_sharding(self._mesh))
+        return jax.device_put(array, whole if len(array) % parts else batch_sharding(self._mesh))
 
 
 class _Programs(NamedTuple):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import melora_jax as mj
+from melora_jax.nn import unstack_layers
 from train.loop.setup import Experiment
 
 ADAPTER_FOLDER, MODEL_FOLDER = "adapter", "model"
@@ -29,6 +30,6 @@ def load_best(experiment: Experiment) -> Path:
     """Puts the best adapter into the model, unstacked; returns where the best lies. A whole model is left there."""
     if experiment.config.melora.train_base:
         return experiment.folder / MODEL_FOLDER
-    mj.unstack_layers(experiment.model)
+    unstack_layers(experiment.model)
     mj.load_adapter(experiment.model, experiment.folder / ADAPTER_FOLDER)
     return experiment.folder / ADAPTER_FOLDER

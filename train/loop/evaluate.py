@@ -11,7 +11,8 @@ from flax import nnx
 
 from melora_jax import TrainState
 from train.config.metrics import compute_metrics
-from train.loop.losses import Batch, Measure
+from train.data.batching import Batch
+from train.loop.losses import Measure
 from train.loop.setup import Experiment
 
 _AHEAD = 3  # batches dispatched before the oldest is waited for: the device never waits, and stopping is prompt

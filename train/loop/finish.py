@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import melora_jax as mj
+from melora_jax.checkpoints import spectra
 from train.loop.best import load_best
 from train.loop.setup import Experiment
 from train.report.report import write_report
@@ -43,7 +44,7 @@ def _write_results(experiment: Experiment) -> list[str]:
     if experiment.adaptation.sites:
         mj.export_peft(experiment.model, folder / "peft", scores=_best_scores(folder), data=experiment.data_name)
         lines.append(f"PEFT     {folder / 'peft'}")
-    spectra = {path: values.tolist() for path, values in mj.spectra(experiment.model).items()}
-    replace_text(folder / "spectra.json", json.dumps(spectra) + "\n")
+    by_path = {path: values.tolist() for path, values in spectra(experiment.model).items()}
+    replace_text(folder / "spectra.json", json.dumps(by_path) + "\n")
     lines.append(f"report   {write_report(folder)}")
     return lines

@@ -13,9 +13,11 @@ import numpy as np
 from flax import nnx
 
 import melora_jax as mj
+from melora_jax.training import Members, make_members, make_population_eval, make_population_step, population_state
 from train.config.methods import penalty, rank_budget, with_method
 from train.config.run_config import RunConfig
-from train.loop.losses import Batch, make_loss
+from train.data.batching import Batch
+from train.loop.losses import make_loss
 from train.loop.setup import Experiment, dropout_key, make_tx, prepare
 from train.loop.steps import Steps, compile_widths
 
@@ -31,7 +33,7 @@ class Population:
     """Everything a population needs: its members' runs, which share data and base, and what they differ in."""
 
     experiments: list[Experiment]
-    members: mj.Members
+    members: Members
     state: mj.TrainState
     frozen: nnx.State
     at_once: int
@@ -52,7 +54,7 @@ class Population:
     def compile(self) -> Steps:
         """The steps of all members, ahead."""
         first = self.experiments[0]
-        step = mj.make_population_step(
+        step = make_population_step(
             first.model,
             lambda rates: _tx(first, rates),
             make_loss(first.measure, penalty(first.config)),
@@ -60,7 +62,7 @@ class Population:
             accumulate=first.config.train.accumulate,
             at_once=self.at_once,
         )
-        evaluate = mj.make_population_eval(first.model, first.measure, at_once=self.at_once)
+        evaluate = make_population_eval(first.model, first.measure, at_once=self.at_once)
         lead = (len(self.experiments),) if self.own_streams else ()
 
         def stacked(batch: Batch) -> Batch:
@@ -90,7 +92,7 @@ def prepare_population(configs: Sequence[RunConfig], at_once: int | None = None)
             yield experiments[-1].model
 
     first: list[Experiment] = experiments
-    state, frozen = mj.population_state(models(), lambda rates: _tx(first[0], rates), members)
+    state, frozen = population_state(models(), lambda rates: _tx(first[0], rates), members)
     for experiment in experiments:
         nnx.update(experiment.model, frozen)  # one base in memory, and not one a member
     return Population(experiments, members, state, frozen, at_once or as_many_as_pay(len(configs), _tokens(first[0])))
@@ -107,11 +109,11 @@ def _tokens(experiment: Experiment) -> int:
     return train.batch_size // train.accumulate * max(experiment.material.plan.widths)
 
 
-def _members(configs: Sequence[RunConfig]) -> mj.Members:
+def _members(configs: Sequence[RunConfig]) -> Members:
     """What the runs differ in. Rates that follow the learning rate are resolved."""
     rates = {name: [_rate(config, name) for config in configs] for name in _RATES}
     alphas, dropouts = ([getattr(config.melora, name) for config in configs] for name in ("alpha", "dropout"))
-    return mj.make_members(
+    return make_members(
         [dropout_key(config) for config in configs],
         optim=rates,
         alpha=[alpha / alphas[0] for alpha in alphas] if len({*map(repr, alphas)}) > 1 else None,

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 import melora_jax as mj
+from melora_jax.training import member_state
 from train.config.metrics import is_better
 from train.hosts.interrupt import Interrupt
 from train.loop.best import save_best
@@ -238,7 +239,7 @@ class Session:
 
     def _keep_best(self, member: int, state: mj.TrainState, scores: dict[str, float]) -> None:
         one = self.experiments[member]
-        nnx.update(one.model, mj.member_state(state, member).trainable)
+        nnx.update(one.model, member_state(state, member).trainable)
         save_best(one, scores)
 
     def _best_step(self) -> int | None:

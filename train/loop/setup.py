@@ -13,6 +13,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 import melora_jax as mj
+from melora_jax.adapters import Adaptation
+from melora_jax.training import RankBudget, check_mesh
 from train.config.methods import rank_budget, with_method
 from train.config.run_config import RunConfig
 from train.config.schema import OptimConfig
@@ -32,7 +34,7 @@ class Experiment:
     material: Material
     measure: Measurer
     model: nnx.Module
-    adaptation: mj.Adaptation
+    adaptation: Adaptation
     schedule: optax.Schedule
     tx: optax.GradientTransformation
     mesh: Mesh | None
@@ -87,7 +89,7 @@ def prepare(config: RunConfig, beside: Experiment | None = None) -> Experiment:
     material = read_material(config, own_share()) if beside is None else _reordered(beside.material, config)
     task = TASKS[config.model.task]
     if mesh is not None:
-        mj.check_mesh(config.model.name, config.melora, mesh, task=task, num_labels=material.num_labels)
+        check_mesh(config.model.name, config.melora, mesh, task=task, num_labels=material.num_labels)
     seed = jax.random.key(config.train.seed)
     model = mj.from_pretrained(
         config.model.name,
@@ -166,7 +168,7 @@ def _total_steps(config: RunConfig, material: Material) -> int:
 
 
 def make_tx(
-    model: nnx.Module, optim: OptimConfig, total: int, budget: mj.RankBudget | None = None
+    model: nnx.Module, optim: OptimConfig, total: int, budget: RankBudget | None = None
 ) -> tuple[optax.Schedule, optax.GradientTransformation]:
     """The learning rate by step, and the optimizer, of a run of `total` steps; numbers in `optim` may be traced."""
 

@@ -13,9 +13,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.stages import Lowered
 
-from melora_jax import TrainState, batch_sharding, make_train_step
+from melora_jax import TrainState, make_train_step
+from melora_jax.nn import batch_sharding
 from train.config.methods import penalty
-from train.loop.losses import Batch, make_eval_step, make_loss
+from train.data.batching import Batch
+from train.loop.losses import make_eval_step, make_loss
 from train.loop.setup import Experiment
 
 _AT_ONCE = 4  # compilations in parallel; each takes about a core and some hundred MB

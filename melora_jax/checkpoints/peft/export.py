@@ -25,7 +25,7 @@ from melora_jax.checkpoints.linear import as_plain
 from melora_jax.checkpoints.model_card import Provenance, write_card
 from melora_jax.checkpoints.native_format import CONFIG_FILE, write_json
 from melora_jax.checkpoints.peft.config import PEFT_CONFIG, PEFT_TASKS
-from melora_jax.checkpoints.peft.servers import rank_note, served_rank
+from melora_jax.core.report import rank_note, served_rank
 from melora_jax.files.atomic import atomic_folder
 from melora_jax.files.safetensors_io import write_tensors
 

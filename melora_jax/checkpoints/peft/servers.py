@@ -10,8 +10,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-# The values that vLLM's --max-lora-rank takes; 16 is its default.
-SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+from melora_jax.core.report import SERVED_RANKS, served_rank
+
 _PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 _FACTORS = (".lora_A.weight", ".lora_B.weight")
 _EMBEDDING_FACTORS = (".lora_embedding_A", ".lora_embedding_B")
@@ -33,27 +33,6 @@ class Reader:
 
     def __str__(self) -> str:
         return f"{self.name}: {'' if self.serves else 'no, '}{self.note}"
-
-
-def served_rank(rank: int) -> int | None:
-    """The --max-lora-rank that vLLM must be given for an adapter of `rank`; None above its limit.
-
-    >>> served_rank(9), served_rank(513)
-    (16, None)
-    """
-    return next((served for served in SERVED_RANKS if served >= rank), None)
-
-
-def rank_note(rank: int) -> str:
-    """What to know of vLLM's rank limit for a plain export of `rank`.
-
-    >>> rank_note(64)
-    'vLLM serves it with --max-lora-rank 64'
-    """
-    served = served_rank(rank)
-    if served is None:
-        return f"above vLLM's limit of {SERVED_RANKS[-1]}; merge the model to serve it there"
-    return f"vLLM serves it with --max-lora-rank {served}"
 
 
 def readers(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> tuple[Reader, ...]:

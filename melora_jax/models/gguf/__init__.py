@@ -2,3 +2,7 @@
 
 Imports `validation` alone.
 """
+
+from melora_jax.models.gguf.tokenizer import tokenizer_from_gguf
+
+__all__ = ["tokenizer_from_gguf"]

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import melora_jax as mj
 from melora_jax.generation import generate as generation
+from melora_jax.generation import stream
 from melora_jax.models.decoders.heads import CausalLM
 from melora_jax.models.hub.load import variables_of
 from tests.library.generation.test_generation import lively
@@ -113,8 +114,8 @@ def model(folder):
 
 
 def expected(model, text: str, count: int = 9, **settings) -> str:
-    """The answer that `mj.stream` gives to a prompt, as text."""
-    found = mj.stream(model, [BYTES(text)["input_ids"]], max_new_tokens=count, **settings)
+    """The answer that `stream` gives to a prompt, as text."""
+    found = stream(model, [BYTES(text)["input_ids"]], max_new_tokens=count, **settings)
     text = BYTES.decode([new.tokens[0] for new in found], skip_special_tokens=True)
     assert text.isascii()
     assert len(set(text)) > 3

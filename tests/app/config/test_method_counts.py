@@ -10,6 +10,8 @@ import pytest
 from flax import nnx
 
 import melora_jax as mj
+from melora_jax.adapters import Adaptation
+from melora_jax.models import abstract_model
 from train.config.adapter_section import AdapterConfig, Method
 from train.config.methods import PRESETS, melora_config
 
@@ -50,11 +52,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         folder: Path = tmp_path_factory.mktemp(values["model_type"])
         (folder / "config.json").write_text(json.dumps(values))
         labels = {"num_labels": 2} if values is ROBERTA else {}
-        found[values["model_type"]] = mj.abstract_model(folder, task=task, **labels)
+        found[values["model_type"]] = abstract_model(folder, task=task, **labels)
     return found
 
 
-def adapted(model: Any, word: Method, **settings: Any) -> mj.Adaptation:
+def adapted(model: Any, word: Method, **settings: Any) -> Adaptation:
     keys = {"r": R} if PRESETS[word].adapted else {}
     return mj.adapt(nnx.clone(model), melora_config(AdapterConfig(method=word, **keys, **settings)), rngs=nnx.Rngs(0))
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import melora_jax as mj
+from melora_jax.training import RankBudget
 from train.config.adapter_section import AdaLoRAConfig, AdapterConfig
 from train.config.methods import PRESETS, melora_config, rank_budget, with_method
 from train.config.run_config import RunConfig, from_toml, to_toml
@@ -117,12 +118,12 @@ def test_a_recipe_with_a_wrong_word_is_told_the_nearest(tmp_path: Path) -> None:
 def test_the_budget_of_adalora() -> None:
     assert rank_budget(run_config(AdapterConfig()), 50) is None
     usual = run_config(AdapterConfig(method="adalora", r=5))
-    assert rank_budget(usual, 50) == mj.RankBudget(target_r=3, total_step=50, tinit=5, tfinal=15, delta_t=10)
-    assert rank_budget(usual, 7) == mj.RankBudget(target_r=3, total_step=7, tinit=0, tfinal=2, delta_t=5)
+    assert rank_budget(usual, 50) == RankBudget(target_r=3, total_step=50, tinit=5, tfinal=15, delta_t=10)
+    assert rank_budget(usual, 7) == RankBudget(target_r=3, total_step=7, tinit=0, tfinal=2, delta_t=5)
     # the authors' MELoRA baseline on GLUE
     authors = AdaLoRAConfig(target_r=8, tinit=1000, tfinal=2000, delta_t=10)
     budget = rank_budget(run_config(AdapterConfig(method="adalora", r=16), authors), 9000)
-    assert budget == mj.RankBudget(target_r=8, total_step=9000, tinit=1000, tfinal=2000, delta_t=10)
+    assert budget == RankBudget(target_r=8, total_step=9000, tinit=1000, tfinal=2000, delta_t=10)
     with pytest.raises(
         ValueError, match=r"^\[adalora\] tinit=1000 and tfinal=2000 leave no step of total_step=3000 in wh"
     ):

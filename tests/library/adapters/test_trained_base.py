@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 import melora_jax as mj
+from melora_jax.adapters import Adaptation, BaseParam
 from melora_jax.models.auto import model_from_config
 from tests.support import tiny
 
@@ -48,7 +49,7 @@ def bert(dtype: str = "float32") -> Any:
     return model_from_config(BERT, task="sequence-classification", num_labels=3, dtype=dtype, rngs=nnx.Rngs(0))
 
 
-def trained_bert(dtype: str = "float32", **settings: Any) -> tuple[Any, mj.Adaptation]:
+def trained_bert(dtype: str = "float32", **settings: Any) -> tuple[Any, Adaptation]:
     model = bert(dtype)
     usual = {"n": 3, "targets": ["query", "value"], "modules_to_save": ["classifier"]}
     adaptation = mj.adapt(model, mj.MELoRAConfig(**(usual | settings)), rngs=nnx.Rngs(1))
@@ -56,7 +57,7 @@ def trained_bert(dtype: str = "float32", **settings: Any) -> tuple[Any, mj.Adapt
 
 
 def base_paths(model: Any) -> set[str]:
-    return {path.replace("/base/", "/") for path in tiny.arrays(model, mj.BaseParam)}
+    return {path.replace("/base/", "/") for path in tiny.arrays(model, BaseParam)}
 
 
 def test_which_parameters_are_trained() -> None:
@@ -73,7 +74,7 @@ def test_which_parameters_are_trained() -> None:
     for name, settings in BASES.items():
         model, adaptation = trained_bert(**settings)
         assert base_paths(model) == expected[name], name
-        assert set(tiny.arrays(model, nnx.All(nnx.Param, nnx.Not(mj.MELoRAParam), nnx.Not(mj.BaseParam)))) == head
+        assert set(tiny.arrays(model, nnx.All(nnx.Param, nnx.Not(mj.MELoRAParam), nnx.Not(BaseParam)))) == head
         counts = tiny.arrays(bert(), nnx.Param)
         assert adaptation.base == sum(counts[path].size for path in expected[name])
         assert adaptation.frozen == sum(value.size for value in counts.values()) - adaptation.base - adaptation.head
@@ -109,7 +110,7 @@ def test_files_and_merging_keep_it(name: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(tiny.run(merged, tiny.IDS), y, rtol=0, atol=1e-5)
     bare = tiny.arrays(mj.unwrap(model))
     assert all(
-        np.array_equal(bare[path.replace("/base/", "/")], v) for path, v in tiny.arrays(model, mj.BaseParam).items()
+        np.array_equal(bare[path.replace("/base/", "/")], v) for path, v in tiny.arrays(model, BaseParam).items()
     )
     mj.save_adapter(model, tmp_path / "adapter")
     fresh = bert()
@@ -139,7 +140,7 @@ def test_a_bfloat16_base_is_trained_in_float32_and_given_back_as_it_was(name: st
     assert {path: value.dtype for path, value in merged.items() if path not in head} == {
         path: dtype for path, dtype in before.items() if path not in head
     }
-    trained = tiny.arrays(model, mj.BaseParam)
+    trained = tiny.arrays(model, BaseParam)
     for path, value in trained.items():
         np.testing.assert_array_equal(merged[path], value.astype(before[path]), err_msg=path)
 

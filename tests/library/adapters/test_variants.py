@@ -14,7 +14,9 @@ import pytest
 from flax import nnx
 
 import melora_jax as mj
+from melora_jax.adapters import AdaLoRADense, DoRADense, PiSSADense, orthogonality
 from melora_jax.models.auto import model_from_config
+from melora_jax.training import RankBudget
 from melora_jax.training.rank_allocator import within_budget
 from tests.support import reference, tiny
 from tests.support.tiny_run import DECODER_SIZES
@@ -142,7 +144,7 @@ def test_a_stack_computes_and_saves_the_same(name: str, tmp_path: Path) -> None:
 
 
 def test_pissa_starts_at_the_best_approximation_of_each_block() -> None:
-    layer = mj.PiSSADense(6, 10, n=2, r=[1, 2], alpha=[3, 5], init="pissa", rngs=nnx.Rngs(4))
+    layer = PiSSADense(6, 10, n=2, r=[1, 2], alpha=[3, 5], init="pissa", rngs=nnx.Rngs(4))
     kernel = np.asarray(layer.base.kernel[...], np.float64)
     pairs = zip(blocks_of(layer, "a"), blocks_of(layer, "b"), layer.spec.scales, layer.spec.r, strict=True)
     for k, (a, b, scale, r) in enumerate(pairs):
@@ -199,7 +201,7 @@ def test_outputs_and_gradients_are_pefts(name: str) -> None:
     _, theirs = torch_linear(peft.LoraConfig(r=3, lora_alpha=7, target_modules=["linear"], **own), kernel, bias)
     base = nnx.Linear(6, 10, rngs=nnx.Rngs(0))
     base.kernel[...], base.bias[...] = jnp.asarray(kernel), jnp.asarray(bias)
-    kind, init = {"DoRA": (mj.DoRADense, "kaiming"), "PiSSA": (mj.PiSSADense, "pissa")}[name]
+    kind, init = {"DoRA": (DoRADense, "kaiming"), "PiSSA": (PiSSADense, "pissa")}[name]
     layer = kind(6, 10, n=1, r=3, alpha=7, init=init, base=base, rngs=nnx.Rngs(0))
     lora_a, lora_b = theirs.lora_A["default"].weight, theirs.lora_B["default"].weight
     if name == "PiSSA":
@@ -265,7 +267,7 @@ def test_adalora_is_pefts_layer_and_its_budget_pefts_allocator() -> None:
         x = drawn((3, layer.view.d_in), 5)
         np.testing.assert_allclose(layer(x), other(torch.from_numpy(x)).detach().numpy(), rtol=1e-5, atol=2e-5)
     theirs.forward = None
-    budget = mj.RankBudget(target_r=2, delta_t=2, total_step=14, **STEPS)
+    budget = RankBudget(target_r=2, delta_t=2, total_step=14, **STEPS)
     tx = within_budget(model, optax.sgd(0.1), budget)
     params = nnx.state(model, nnx.Param)
     state, update = tx.init(params), jax.jit(tx.update)
@@ -295,7 +297,7 @@ def test_the_penalty_is_pefts() -> None:
     import peft
     import torch
 
-    layer = mj.AdaLoRADense(6, 10, n=1, r=4, rngs=nnx.Rngs(0))
+    layer = AdaLoRADense(6, 10, n=1, r=4, rngs=nnx.Rngs(0))
     layer.a[...], layer.b[...] = jnp.asarray(drawn((1, 6, 4), 1)), jnp.asarray(drawn((1, 4, 10), 2))
 
     class Host(torch.nn.Module):
@@ -313,14 +315,14 @@ def test_the_penalty_is_pefts() -> None:
     theirs.trainable_adapter_name = "default"
     host.linear.lora_A["default"].data = torch.from_numpy(drawn((1, 6, 4), 1)[0].T.copy())
     host.linear.lora_B["default"].data = torch.from_numpy(drawn((1, 4, 10), 2)[0].T.copy())
-    assert float(mj.orthogonality(layer)) == pytest.approx(float(theirs.forward().loss.detach()), rel=1e-6)
+    assert float(orthogonality(layer)) == pytest.approx(float(theirs.forward().loss.detach()), rel=1e-6)
 
 
 # --- budgets and bad input
 
 
 def test_the_budget_falls_by_the_cube_and_ends_at_its_target() -> None:
-    budget = mj.RankBudget(target_r=2, total_step=20, tinit=4, tfinal=6)
+    budget = RankBudget(target_r=2, total_step=20, tinit=4, tfinal=6)
     falling = [int((36 - 12) * (1 - (t - 4) / 10) ** 3 + 12) for t in range(5, 14)]
     assert budget.schedule(36, 12).tolist() == [36] * 5 + falling + [12] * 7
 
@@ -329,8 +331,8 @@ def test_minis_keep_what_matters_and_the_export_holds_no_more(tmp_path: Path) ->
     model = tiny.Encoder()
     settings = tiny.config(variant="adalora", r=3)
     mj.adapt(model, settings, rngs=nnx.Rngs(1))
-    tx = mj.make_optimizer(model, 0.05, rank_budget=mj.RankBudget(target_r=1, total_step=6, tinit=1, tfinal=2))
-    step = mj.make_train_step(model, tx, lambda model, ids: model(ids).mean() ** 2 + 0.5 * mj.orthogonality(model))
+    tx = mj.make_optimizer(model, 0.05, rank_budget=RankBudget(target_r=1, total_step=6, tinit=1, tfinal=2))
+    step = mj.make_train_step(model, tx, lambda model, ids: model(ids).mean() ** 2 + 0.5 * orthogonality(model))
     state, frozen = mj.train_state(model, tx)
     for _ in range(6):
         state, _ = step(state, frozen, tiny.IDS, jax.random.key(0))
@@ -390,12 +392,12 @@ def test_budgets_that_do_not_fit_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"tinit=5 and tfinal=4 leave no step of total_step=9 in which ranks are alloc"
     ):
-        mj.RankBudget(target_r=1, total_step=9, tinit=5, tfinal=4)
+        RankBudget(target_r=1, total_step=9, tinit=5, tfinal=4)
     model = tiny.adapted(variant="adalora", r=2)
     with pytest.raises(ValueError, match=r"target_r=3 is above the r=2 that the layers start with"):
-        mj.make_optimizer(model, 1e-3, rank_budget=mj.RankBudget(target_r=3, total_step=9))
+        mj.make_optimizer(model, 1e-3, rank_budget=RankBudget(target_r=3, total_step=9))
     with pytest.raises(ValueError, match=r"the model has no AdaLoRA layer for a RankBudget"):
-        mj.make_optimizer(tiny.adapted(), 1e-3, rank_budget=mj.RankBudget(target_r=3, total_step=9))
+        mj.make_optimizer(tiny.adapted(), 1e-3, rank_budget=RankBudget(target_r=3, total_step=9))
 
 
 def test_arithmetic_takes_what_is_linear() -> None:

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 
 import melora_jax as mj
 from melora_jax.adapters.params import FrozenParam
+from melora_jax.checkpoints import save_orbax
 from tests.support import disk, tiny
 from tests.support.decoder_fixtures import random_decoder
 
@@ -59,7 +60,7 @@ def test_orbax_alone_restores_each_part_bit_for_bit(tmp_path: Path) -> None:
         "merged": tiny.arrays(mj.merge(model)),
         "frozen": {path.replace("/base/", "/"): value for path, value in tiny.arrays(model, FrozenParam).items()},
     }
-    folders = [mj.save_orbax(model, tmp_path / part, part) for part in ("adapter", "merged", "frozen")]
+    folders = [save_orbax(model, tmp_path / part, part) for part in ("adapter", "merged", "frozen")]
     for part, found in zip(expected, read_by_orbax_alone(tmp_path / "found.npz", *folders), strict=True):
         assert found.keys() == expected[part].keys()
         for path, value in expected[part].items():
@@ -77,10 +78,10 @@ def test_orbax_alone_restores_each_part_bit_for_bit(tmp_path: Path) -> None:
 def test_stacked_layers_are_written_one_by_one(tmp_path: Path) -> None:
     model = random_decoder("llama")
     mj.adapt(model, mj.MELoRAConfig(n=2, targets=["q_proj"]), rngs=nnx.Rngs(0))
-    mj.save_orbax(model, tmp_path / "before")
+    save_orbax(model, tmp_path / "before")
     mj.stack_layers(model)
     for part in ("adapter", "frozen", "merged"):
-        mj.save_orbax(model, tmp_path / part, part)
+        save_orbax(model, tmp_path / part, part)
     rows = {part: (tmp_path / part / "README.md").read_text() for part in ("before", "adapter", "frozen", "merged")}
     assert rows["adapter"] == rows["before"]
     assert "| `model/layers/1/self_attn/q_proj/kernel` | [42, 60] | float32 |" in rows["frozen"]
@@ -90,17 +91,17 @@ def test_stacked_layers_are_written_one_by_one(tmp_path: Path) -> None:
 
 def test_what_can_not_be_saved_is_said_and_nothing_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"^Encoder was not adapted; call melora_jax.adapt"):
-        mj.save_orbax(tiny.Encoder(), tmp_path / "x")
+        save_orbax(tiny.Encoder(), tmp_path / "x")
     unknown: Any = "head"
     with pytest.raises(ValueError, match=r"^part='head' is unknown; choose \"adapter\", \"merged\" or \"frozen\"$"):
-        mj.save_orbax(tiny.trained(), tmp_path / "x", unknown)
+        save_orbax(tiny.trained(), tmp_path / "x", unknown)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     before = disk.content(tmp_path)
     with pytest.raises(ValueError, match=r"holds files that would be lost \(notes.txt\); choose an empty folder"):
-        mj.save_orbax(tiny.trained(), tmp_path / "full")
+        save_orbax(tiny.trained(), tmp_path / "full")
     assert disk.content(tmp_path) == before
     monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
     with pytest.raises(ImportError, match=r"^orbax is not installed; pip install 'melora_jax\[orbax\]'$"):
-        mj.save_orbax(tiny.trained(), tmp_path / "x")
+        save_orbax(tiny.trained(), tmp_path / "x")
     assert disk.content(tmp_path) == before

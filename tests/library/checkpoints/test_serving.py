@@ -14,7 +14,8 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import melora_jax as mj
-from melora_jax.checkpoints.peft.servers import readers, served_rank
+from melora_jax.checkpoints.peft.servers import readers
+from melora_jax.core.report import served_rank
 from tests.support import serving_rules as rules
 from tests.support.decoder_fixtures import random_decoder
 

@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 
 import melora_jax as mj
+from melora_jax.generation import stream
 from melora_jax.generation.decode_loop import programs
 from melora_jax.models.decoders.heads import CausalLM
 from melora_jax.models.hub.load import variables_of
@@ -136,12 +137,12 @@ def test_a_stream_yields_what_generate_returns(model, settings):
     ends = int(whole.tokens[0, 3])
     arguments = {"max_new_tokens": SHORT, "eos_token_id": ends, "pad_token_id": 1, **settings}
     whole = mj.generate(model, ids, mask, **arguments)
-    steps = list(mj.stream(model, ids, mask, **arguments))
+    steps = list(stream(model, ids, mask, **arguments))
     np.testing.assert_array_equal(np.stack([step.tokens for step in steps], axis=1), whole.tokens)
     np.testing.assert_array_equal(steps[-1].stopped, whole.stopped)
-    alone = list(mj.stream(model, ids[:1], mask[:1], **arguments))
+    alone = list(stream(model, ids[:1], mask[:1], **arguments))
     assert [step.stopped.tolist() for step in alone] == [[False]] * 3 + [[True]]
-    early = mj.stream(model, ids, mask, **arguments)
+    early = stream(model, ids, mask, **arguments)
     np.testing.assert_array_equal(next(early).tokens, whole.tokens[:, 0])
     early.close()
 
@@ -151,7 +152,7 @@ def test_a_stream_goes_on_with_the_rows_that_it_is_sent(model, settings):
     ids, mask = prompts()
     arguments = {"max_new_tokens": SHORT, "eos_token_id": (), **settings}
     whole = mj.generate(model, ids, mask, **arguments).tokens
-    steps = mj.stream(model, ids, mask, **arguments)
+    steps = stream(model, ids, mask, **arguments)
     found = [next(steps).tokens, steps.send([2, 0, 2]).tokens, next(steps).tokens, steps.send([1]).tokens]
     expected = [whole[:, 0], whole[[2, 0, 2], 1], whole[[2, 0, 2], 2], whole[[0], 3]]
     jax.tree.map(np.testing.assert_array_equal, found, expected)
@@ -161,7 +162,7 @@ def test_a_stream_goes_on_with_the_rows_that_it_is_sent(model, settings):
 @pytest.mark.parametrize("rows", [[], [3], [-1], [[0]]])
 def test_rows_that_there_are_none_of_are_refused(model, rows):
     ids, mask = prompts()
-    steps = mj.stream(model, ids, mask, max_new_tokens=SHORT, eos_token_id=())
+    steps = stream(model, ids, mask, max_new_tokens=SHORT, eos_token_id=())
     next(steps)
     with pytest.raises(ValueError, match="to go on with: give some numbers of rows, from 0 to 2"):
         steps.send(rows)
@@ -231,8 +232,8 @@ def test_what_is_compiled_is_used_again(traces):
     assert mj.generate(model, ids, mask, max_new_tokens=SHORT).tokens.tolist() != first.tokens.tolist()
     mj.generate(lively(changes=ONE_LAYER), ids, mask, max_new_tokens=SHORT)
     assert len(traces) == 2
-    list(mj.stream(model, ids, mask, max_new_tokens=SHORT))
-    list(mj.stream(model, ids, mask, max_new_tokens=SHORT + 1))
+    list(stream(model, ids, mask, max_new_tokens=SHORT))
+    list(stream(model, ids, mask, max_new_tokens=SHORT + 1))
     assert len(traces) == 3  # one further token
     mj.generate(model, ids, mask, max_new_tokens=SHORT, **draw, key=jax.random.key(0))
     assert len(traces) == 5
@@ -271,7 +272,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("function", [mj.generate, mj.stream])
+@pytest.mark.parametrize("function", [mj.generate, stream])
 def test_bad_input_is_found_before_any_work(model, traces, function, case):
     changes, says = CASES[case]
     arguments = {"input_ids": [[3] * 5] * 2, "attention_mask": [[1] * 5] * 2, "max_new_tokens": 4} | changes
@@ -291,4 +292,4 @@ def test_logits_that_are_no_numbers_end_in_an_error(whole):
     variable = variables_of(model)["model/norm/scale"]
     variable.set_value(jnp.full_like(variable.get_value(), jnp.nan))
     with pytest.raises(ValueError, match="logits are NaN"):
-        mj.generate(model, [[3]], max_new_tokens=2) if whole else list(mj.stream(model, [[3]], max_new_tokens=2))
+        mj.generate(model, [[3]], max_new_tokens=2) if whole else list(stream(model, [[3]], max_new_tokens=2))

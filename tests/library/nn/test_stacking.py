@@ -13,7 +13,9 @@ import pytest
 from flax import nnx
 
 import melora_jax as mj
+from melora_jax.checkpoints import spectra
 from melora_jax.models import model_from_config
+from melora_jax.nn import unstack_layers
 from melora_jax.nn.layer_stack import LayerRun
 from melora_jax.nn.tree import walk
 from tests.support.decoder_fixtures import random_decoder, token_ids
@@ -84,7 +86,7 @@ def test_a_decoder_computes_the_same_with_dropout(name: str, said: str) -> None:
     expected = outputs(plain, ids, KEY)
     np.testing.assert_allclose(outputs(model, ids, KEY), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     assert not np.array_equal(expected, outputs(plain, ids, jax.random.key(6)))
-    same_trees(mj.unstack_layers(model), plain)
+    same_trees(unstack_layers(model), plain)
 
 
 def test_an_encoder_computes_the_same_and_draws_the_same_masks_twice_in_one_pass() -> None:
@@ -138,7 +140,7 @@ def test_training_steps_are_the_same(remat: str) -> None:
             losses += [float(metrics["loss"]), float(metrics["grad_norm"])]
         jax.tree.map(np.testing.assert_array_equal, frozen, before)
         nnx.update(model, state.trainable)
-        return losses, mj.unstack_layers(model)
+        return losses, unstack_layers(model)
 
     stacked = adapted(decoder("llama", remat=remat))
     mj.stack_layers(stacked)
@@ -164,8 +166,8 @@ def test_what_is_saved_merged_and_described_is_the_same(tmp_path: Any) -> None:
     model = adapted(encoder(), modules_to_save=["classifier"], targets=["query", "dense"])
     mj.stack_layers(model)
     assert mj.describe(model) == mj.describe(plain)
-    for path, values in mj.spectra(plain).items():
-        np.testing.assert_array_equal(mj.spectra(model)[path], values)
+    for path, values in spectra(plain).items():
+        np.testing.assert_array_equal(spectra(model)[path], values)
     for name, write in {"own": mj.save_adapter, "peft": mj.export_peft}.items():
         for kind, source in {"plain": plain, "stacked": model}.items():
             write(source, tmp_path / f"{name}-{kind}")

@@ -15,6 +15,7 @@ from flax import nnx
 
 import melora_jax as mj
 from melora_jax.core.dropout import dropout
+from melora_jax.training import make_members, make_population_eval, make_population_step, member_state, population_state
 from tests.support import tiny
 
 STEPS, ROWS, LENGTH = 50, 6, 5
@@ -88,7 +89,7 @@ def together(varied: str, streams: Any, accumulate: int, strategy: str, at_once:
     """The trainables of each member, [steps, m] losses, and the frozen state before and after."""
     seeds, rates, alphas, dropouts = zip(*VARIED[varied], strict=True)
     model = start(seeds[0], strategy=strategy)
-    members = mj.make_members(
+    members = make_members(
         [key_of(seed) for seed in seeds],
         optim={"rate": rates},
         alpha=[alpha / 16.0 for alpha in alphas] if len(set(alphas)) > 1 else None,
@@ -98,8 +99,8 @@ def together(varied: str, streams: Any, accumulate: int, strategy: str, at_once:
     def own_tx(optim: Any) -> optax.GradientTransformation:
         return make_tx(model, optim["rate"])
 
-    state, frozen = mj.population_state((start(seed, strategy=strategy) for seed in seeds), own_tx, members)
-    step = mj.make_population_step(model, own_tx, loss, streams=streams, accumulate=accumulate, at_once=at_once)
+    state, frozen = population_state((start(seed, strategy=strategy) for seed in seeds), own_tx, members)
+    step = make_population_step(model, own_tx, loss, streams=streams, accumulate=accumulate, at_once=at_once)
     before, losses = flat(frozen), []
     for number in range(STEPS):
         batches = [batch_of(member if streams == "own" else 0, number) for member in range(len(seeds))]
@@ -108,7 +109,7 @@ def together(varied: str, streams: Any, accumulate: int, strategy: str, at_once:
         losses.append(np.asarray(metrics["loss"]))
     assert int(state.step) == STEPS
     tiny.assert_equal(flat(frozen), before)
-    return [flat(mj.member_state(state, member).trainable) for member in range(len(seeds))], np.array(losses)
+    return [flat(member_state(state, member).trainable) for member in range(len(seeds))], np.array(losses)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,7 @@ def test_what_members_differ_in_makes_a_difference(varied: str) -> None:
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_traced_rate_drops_the_same_entries_bit_for_bit(rate: float, dtype: Any) -> None:
     x = jnp.linspace(-2.0, 3.0, 31 * 37).reshape(31, 37).astype(dtype)
-    members = mj.make_members([key_of(1)], dropout=[rate])
+    members = make_members([key_of(1)], dropout=[rate])
     assert members.dropout is not None
 
     def dropped(rate: Any) -> jax.Array:
@@ -165,12 +166,12 @@ def test_one_product_with_the_frozen_kernel_serves_all_members(strategy: str) ->
     count = 7
     models = [start(seed, strategy=strategy) for seed in range(count)]
     tx = mj.make_optimizer(models[0], 1e-3)
-    members = mj.make_members([key_of(seed) for seed in range(count)], dropout=[0.1] * count)
-    state, frozen = mj.population_state(models, tx, members)
+    members = make_members([key_of(seed) for seed in range(count)], dropout=[0.1] * count)
+    state, frozen = population_state(models, tx, members)
     batch = batch_of(0, 0)
-    text = mj.make_population_step(models[0], tx, loss).lower(state, frozen, batch, members).as_text()
+    text = make_population_step(models[0], tx, loss).lower(state, frozen, batch, members).as_text()
     lone_step = mj.make_train_step(models[0], tx, loss)
-    lone_text = lone_step.lower(mj.member_state(state, 0), frozen, batch, members.key[0]).as_text()
+    lone_text = lone_step.lower(member_state(state, 0), frozen, batch, members.key[0]).as_text()
     assert len(products(text)) == len(products(lone_text)) > 0
     # "while" stands in both for the rounds of the random bits' hash at most
     assert text.count("stablehlo.while") == lone_text.count("stablehlo.while")
@@ -185,11 +186,11 @@ def test_one_product_with_the_frozen_kernel_serves_all_members(strategy: str) ->
 def test_evaluation_has_each_members_alpha_and_no_dropout() -> None:
     settings = VARIED["all"]
     seeds, _, alphas, dropouts = zip(*settings, strict=True)
-    members = mj.make_members([key_of(s) for s in seeds], alpha=[a / 16.0 for a in alphas], dropout=dropouts)
+    members = make_members([key_of(s) for s in seeds], alpha=[a / 16.0 for a in alphas], dropout=dropouts)
     models = [tiny.stirred(start(seed)) for seed in seeds]
-    state, frozen = mj.population_state(models, optax.identity(), members)
+    state, frozen = population_state(models, optax.identity(), members)
     ids = batch_of(0, 0)["ids"]
-    found = mj.make_population_eval(models[0], lambda model, ids: model(ids))(state, frozen, ids, members)
+    found = make_population_eval(models[0], lambda model, ids: model(ids))(state, frozen, ids, members)
     for member, (seed, _, alpha, _) in enumerate(settings):
         wanted = tiny.run(tiny.stirred(start(seed, alpha)), ids)
         np.testing.assert_allclose(found[member], wanted, rtol=1e-5, atol=1e-6)
@@ -200,26 +201,26 @@ def test_what_is_no_population_is_refused() -> None:
     model = start(1)
     tx = mj.make_optimizer(model, 1e-3)
     for message, make in {
-        "a population of no members; give one key a member": lambda: mj.make_members([]),
-        "alpha has shape (3,) for 2 members; give one number a member": lambda: mj.make_members(keys, alpha=[1, 1, 1]),
-        "rate has shape (1,) for 2 members; give one number a member": lambda: mj.make_members(
+        "a population of no members; give one key a member": lambda: make_members([]),
+        "alpha has shape (3,) for 2 members; give one number a member": lambda: make_members(keys, alpha=[1, 1, 1]),
+        "rate has shape (1,) for 2 members; give one number a member": lambda: make_members(
             keys, optim={"rate": [1e-3]}
         ),
-        "alpha=-1 must be above 0 and finite: a member's alpha over the model's": lambda: mj.make_members(
+        "alpha=-1 must be above 0 and finite: a member's alpha over the model's": lambda: make_members(
             keys, alpha=[-1, 2]
         ),
-        "dropout=1.0 must be at least 0 and below 1": lambda: mj.make_members(keys, dropout=[0.0, 1.0]),
-        "1 models for 2 members; give one adapted model a member": lambda: mj.population_state(
-            [model], tx, mj.make_members(keys)
+        "dropout=1.0 must be at least 0 and below 1": lambda: make_members(keys, dropout=[0.0, 1.0]),
+        "1 models for 2 members; give one adapted model a member": lambda: population_state(
+            [model], tx, make_members(keys)
         ),
         "model 1 differs from model 0 in the shape or presence of layer/0/query/a; members may differ in start, alpha "
-        "and dropout, but not in n, r, targets or modules_to_save": lambda: mj.population_state(
-            [model, start(2, r=1)], tx, mj.make_members(keys)
+        "and dropout, but not in n, r, targets or modules_to_save": lambda: population_state(
+            [model, start(2, r=1)], tx, make_members(keys)
         ),
-        "streams='mine' is unknown; choose shared or own": lambda: mj.make_population_step(
+        "streams='mine' is unknown; choose shared or own": lambda: make_population_step(
             model, tx, loss, streams="mine"
         ),
-        "at_once=0 must be a whole number of at least 1": lambda: mj.make_population_step(model, tx, loss, at_once=0),
+        "at_once=0 must be a whole number of at least 1": lambda: make_population_step(model, tx, loss, at_once=0),
     }.items():
         with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
             make()
@@ -228,19 +229,19 @@ def test_what_is_no_population_is_refused() -> None:
 def test_members_share_one_base() -> None:
     other = start(2)
     other.embed.embedding[...] += 1.0
-    members = mj.make_members([key_of(1), key_of(2)])
+    members = make_members([key_of(1), key_of(2)])
     message = "the base of model 1 differs from that of model 0 at embed/embedding; members share one base"
     with pytest.raises(ValueError, match=f"^{message}$"):
-        mj.population_state([start(1), other], mj.make_optimizer(other, 1e-3), members)
+        population_state([start(1), other], mj.make_optimizer(other, 1e-3), members)
 
 
 def test_members_share_the_base_where_a_lone_run_would_merge() -> None:
     def losses(strategy: Any) -> np.ndarray:
         layers = [mj.MELoRADense(21, 33, n=3, r=7, strategy=strategy, rngs=nnx.Rngs(0)) for _ in range(2)]
         assert layers[0].strategy == ("merged" if strategy == "auto" else strategy)
-        members = mj.make_members([key_of(1), key_of(2)], dropout=[0.0, 0.5])
-        state, frozen = mj.population_state(layers, optax.sgd(0.1), members)
-        step = mj.make_population_step(layers[0], optax.sgd(0.1), lambda layer, x: (layer(x) ** 2).mean())
+        members = make_members([key_of(1), key_of(2)], dropout=[0.0, 0.5])
+        state, frozen = population_state(layers, optax.sgd(0.1), members)
+        step = make_population_step(layers[0], optax.sgd(0.1), lambda layer, x: (layer(x) ** 2).mean())
         x = jax.random.normal(key_of(3), (300, 21))
         for _ in range(3):  # B is zero at first
             state, metrics = step(state, frozen, x, members)
@@ -251,4 +252,4 @@ def test_members_share_the_base_where_a_lone_run_would_merge() -> None:
     assert auto[0] != auto[1]
     layer = mj.MELoRADense(21, 33, n=3, r=7, strategy="merged", rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r'strategy="merged" at .* would form W \+ ΔW for each member'):
-        mj.make_population_step(layer, optax.sgd(0.1), lambda layer, x: layer(x).mean())
+        make_population_step(layer, optax.sgd(0.1), lambda layer, x: layer(x).mean())

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-import melora_jax as mj
+from melora_jax.models import abstract_model
 
 Task = Literal["classification", "causal-lm"]
 TASKS = {"classification": "sequence-classification", "causal-lm": "causal-lm"}
@@ -41,7 +41,7 @@ def abstract(config: dict[str, Any], task: Task, dtype: str, remat: str = "none"
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(config))
         labels = 2 if task == "classification" else None
-        return mj.abstract_model(folder, task=TASKS[task], num_labels=labels, dtype=dtype, remat=remat)
+        return abstract_model(folder, task=TASKS[task], num_labels=labels, dtype=dtype, remat=remat)
 
 
 def random_model(task: Task, width: int, depth: int, dtype: str) -> Any:

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 import melora_jax as mj
+from melora_jax.training import make_members, make_population_step, member_state, population_state
 from train.assets.assets import assets_cache, fetch_minilm
 from train.lab.bench.steps import Bench
 from train.loop.losses import make_loss, measurer
@@ -109,10 +110,10 @@ def _time(bench: Bench, options: Options) -> Timed:
     keys = list(jax.random.split(jax.random.key(0), options.members))
     tx = mj.make_optimizer(models[0], 1e-4)
     batch, loss = bench.batch(), make_loss(measurer("classification", chunk=1024))
-    members = mj.make_members(keys)
-    state, frozen = mj.population_state(models, tx, members)
-    lone = mj.member_state(state, 0)
-    step = mj.make_population_step(models[0], tx, loss, at_once=_at_once(bench, options))
+    members = make_members(keys)
+    state, frozen = population_state(models, tx, members)
+    lone = member_state(state, 0)
+    step = make_population_step(models[0], tx, loss, at_once=_at_once(bench, options))
     ready_together, _, together = _compiled(step, state, frozen, batch, members)
     ready_alone, again_alone, alone = _compiled(mj.make_train_step(models[0], tx, loss), lone, frozen, batch, keys[0])
     seconds: tuple[list[float], list[float]] = ([], [])

@@ -18,9 +18,10 @@ import numpy as np
 from flax import nnx
 
 import melora_jax as mj
+from train.data.batching import Batch
 from train.lab.bench.flops import forward_flops
 from train.lab.bench.models import TASKS, Task, random_model
-from train.loop.losses import Batch, make_loss, measurer
+from train.loop.losses import make_loss, measurer
 from train.run_folder.errors import RunError
 
 # The lowest module, trained alone: so gradients pass every layer and there is nothing else to compute.

@@ -12,12 +12,15 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
 import melora_jax as mj
+from melora_jax.models import abstract_model
+from melora_jax.training import abstract_train_state
 from train.config.methods import penalty, rank_budget
 from train.config.run_config import RunConfig
 from train.config.tasks import glue_task
+from train.data.batching import Batch
 from train.lab.memory.devices import rows_a_device
 from train.lab.memory.liveness import bytes_of, peak_bytes
-from train.loop.losses import Batch, make_loss, measurer
+from train.loop.losses import make_loss, measurer
 from train.loop.setup import TASKS
 
 _STEPS = 100_000  # of a run whose data is not read: it sets AdaLoRA's schedule, on which no size depends
@@ -103,7 +106,7 @@ def abstract_run(config: RunConfig, rows: int, mesh: AbstractMesh | None = None)
     model = adapted_shapes(config)
     budget = rank_budget(config, config.train.max_steps or _STEPS)
     tx = mj.make_optimizer(model, config.optim.learning_rate, clip_norm=config.optim.clip_norm, rank_budget=budget)
-    state, frozen = mj.abstract_train_state(model, tx, mesh)
+    state, frozen = abstract_train_state(model, tx, mesh)
     loss = make_loss(measurer(config.model.task, config.instruction.chunk), penalty(config))
     step = mj.make_train_step(model, tx, loss)
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -121,7 +124,7 @@ def adapted_shapes(config: RunConfig) -> Any:
         mj.adapt(model, config.melora, rngs=nnx.Rngs(0))
         return model
 
-    model = mj.abstract_model(
+    model = abstract_model(
         config.model.name,
         task=TASKS[config.model.task],
         num_labels=classes,

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from melora_jax.adapters.merged_output import why_unmergeable
 from melora_jax.config import AdapterSpec, Strategy
-from melora_jax.core.products.merged import why_unmergeable
 from melora_jax.core.products.plan import choose_strategy, merging_pays, unmerged
 
 
