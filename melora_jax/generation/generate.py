@@ -15,11 +15,13 @@ from jax.typing import ArrayLike
 
 from melora_jax.files.safetensors_io import read_json
 from melora_jax.generation.decode_loop import NO_TOKEN, Programs, Rules, programs
-from melora_jax.generation.prompts import padded_left, prompts_of, require_context, rounded_up
 from melora_jax.generation.sampling import Sampling, checked_sampling
 from melora_jax.models.decoders.heads import CausalLM
 from melora_jax.models.hub.checkpoint import GENERATION_CONFIG
+from melora_jax.models.inputs import checked_mask, matrix_of_whole_numbers, require_below
 from melora_jax.validation import check_count
+
+_LEAST_UNIT = 16
 
 
 class Generation(NamedTuple):
@@ -93,7 +95,7 @@ def generate(
     sampling = checked_sampling(temperature, top_k, top_p)
     task = _task(model, input_ids, attention_mask, max_new_tokens, sampling, key, eos_token_id, pad_token_id)
     newest, cache = task.prefill()
-    limit, room = jnp.int32(max_new_tokens), rounded_up(max_new_tokens)
+    limit, room = jnp.int32(max_new_tokens), _rounded_up(max_new_tokens)
     tokens, _ = task.programs.loop(task.state, cache, newest, task.rules, limit, room)
     return _generation(_checked_tokens(np.asarray(tokens)[:, :max_new_tokens]), np.asarray(task.rules.ends))
 
@@ -175,14 +177,14 @@ def _task(
     for name, token in [*(("eos_token_id", end) for end in ends), ("pad_token_id", pad)]:
         if not _is_token(token, vocabulary):
             raise ValueError(f"{name}={token!r} must be a token of the vocabulary, from 0 to {vocabulary - 1}")
-    prompts = prompts_of(input_ids, attention_mask, vocabulary)
-    require_context(prompts, max_new_tokens, model.max_length)
-    ids, valid = padded_left(prompts)
+    prompts = _prompts_of(input_ids, attention_mask, vocabulary)
+    _require_context(prompts, max_new_tokens, model.max_length)
+    ids, valid = _padded_left(prompts)
     graphdef, state = nnx.split(model)
     # of one size for up to eight, so that their number compiles nothing anew
     room = -len(ends) % 8 if ends else 8
     rules = Rules(sampling, key, jnp.array([*ends, *[NO_TOKEN] * room], jnp.int32), jnp.int32(pad))
-    places = rounded_up(ids.shape[1] + rounded_up(max_new_tokens))
+    places = _rounded_up(ids.shape[1] + _rounded_up(max_new_tokens))
     return _Task(programs(graphdef), state, ids, valid, rules, places)
 
 
@@ -206,6 +208,84 @@ def _padding(model: CausalLM, ends: tuple[int, ...]) -> int:
 
 def _is_token(token: Any, vocabulary: int) -> TypeGuard[int]:
     return isinstance(token, int | np.integer) and not isinstance(token, bool) and 0 <= int(token) < vocabulary
+
+
+def _prompts_of(input_ids: ArrayLike, attention_mask: ArrayLike | None, vocabulary: int) -> list[np.ndarray]:
+    """The tokens of each row without its padding, wherever that stands.
+
+    Args:
+      input_ids: whole numbers `[b, t]`.
+      attention_mask: `[b, t]`, 0 at padding; None where there is none.
+      vocabulary: ids lie below it.
+
+    Raises:
+      ValueError: there is no row or one without tokens, lengths or shapes differ, or an id is outside the vocabulary.
+
+    >>> [row.tolist() for row in _prompts_of([[0, 7, 8], [9, 0, 0]], [[0, 1, 1], [1, 0, 0]], 11)]
+    [[7, 8], [9]]
+    """
+    ids = matrix_of_whole_numbers("input_ids", _matrix(input_ids))
+    if not ids.shape[0]:
+        raise ValueError("input_ids hold 0 rows; give at least one prompt")
+    require_below(ids, vocabulary, "input_ids", "vocab_size", "use the tokenizer of this checkpoint")
+    mask = np.ones(ids.shape) if attention_mask is None else np.asarray(checked_mask(attention_mask, ids.shape))
+    prompts = [row[is_token] for row, is_token in zip(np.asarray(ids), mask != 0, strict=True)]
+    for number, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"the prompt in row {number} has no tokens; start it with the tokenizer's first token")
+    return prompts
+
+
+def _matrix(input_ids: ArrayLike) -> np.ndarray:
+    try:
+        return np.asarray(input_ids)
+    except ValueError:
+        raise ValueError(
+            "input_ids have rows of unequal length; pad them to one length and mark padding by 0 in attention_mask"
+        ) from None
+
+
+def _require_context(prompts: Sequence[np.ndarray], max_new_tokens: int, limit: int) -> None:
+    """Checks that every prompt and its new tokens fit into a context of `limit` tokens.
+
+    Raises:
+      ValueError: one does not.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    longest = max(lengths)
+    if longest + max_new_tokens <= limit:
+        return
+    remedy = f"shorten it to fewer than {limit:,}"
+    if longest < limit:
+        remedy = f"shorten it, or set max_new_tokens to at most {limit - longest:,}"
+    raise ValueError(
+        f"the prompt in row {lengths.index(longest)} has {longest:,} tokens; with max_new_tokens={max_new_tokens:,}"
+        f" that is more than the model's context of {limit:,}; {remedy}"
+    )
+
+
+def _padded_left(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids, int32, and which are tokens, bool: both `[b, t]`, t rounded up.
+
+    Args:
+      prompts: each of at least one token.
+    """
+    width = _rounded_up(max(map(len, prompts)))
+    ids, valid = np.zeros((len(prompts), width), np.int32), np.zeros((len(prompts), width), bool)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = prompt
+        valid[row, width - len(prompt) :] = True
+    return ids, valid
+
+
+def _rounded_up(count: int) -> int:
+    """At most a quarter more, or a multiple of 16: few sizes, so that few programs are compiled.
+
+    >>> [_rounded_up(count) for count in (1, 16, 17, 100, 129, 2049)]
+    [16, 16, 32, 112, 160, 2560]
+    """
+    unit = max(_LEAST_UNIT, 1 << max(count.bit_length() - 3, 0))
+    return -(-count // unit) * unit
 
 
 def _steps(task: _Task, limit: int) -> Generator[NewTokens, Sequence[int] | None]:

@@ -13,8 +13,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from melora_jax import FrozenParam, TrainState
+from melora_jax.training import chunked_cross_entropy
 from train.data.batching import Batch
-from train.loop.cross_entropy import chunked_cross_entropy
 
 
 class Measure(NamedTuple):

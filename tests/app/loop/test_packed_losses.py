@@ -10,11 +10,11 @@ import pytest
 from flax import nnx
 
 from melora_jax.models import model_from_config
+from melora_jax.training import chunked_cross_entropy
 from tests.support.decoder_fixtures import CONFIGS, VOCAB
 from train.data.batching import BatchRows
 from train.data.instruct import Examples
 from train.data.packing import PackPlan, make_token_batch
-from train.loop.cross_entropy import chunked_cross_entropy
 
 WIDTH = 23
 

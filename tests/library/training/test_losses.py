@@ -11,7 +11,7 @@ import optax
 import pytest
 from jax.test_util import check_grads
 
-from train.loop.cross_entropy import chunked_cross_entropy
+from melora_jax.training import chunked_cross_entropy
 
 B, T, D, V = 3, 11, 5, 17
 
