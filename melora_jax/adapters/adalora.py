@@ -12,7 +12,8 @@ from jaxtyping import Array, Float
 from melora_jax.adapters.melora import MELoRADense
 from melora_jax.adapters.params import MELoRAParam
 from melora_jax.config import AdapterSpec
-from melora_jax.core.dense_view import DenseView, refuse_mesh
+from melora_jax.core.dense_view import DenseView
+from melora_jax.nn.layer_view import refuse_mesh
 from melora_jax.nn.quantized import QuantizedLinear
 from melora_jax.nn.tree import walk
 

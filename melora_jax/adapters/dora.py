@@ -13,8 +13,9 @@ from melora_jax.adapters.melora import MELoRADense
 from melora_jax.adapters.params import MELoRAParam
 from melora_jax.config import AdapterSpec
 from melora_jax.core.adapter_update import update_of
-from melora_jax.core.dense_view import DenseView, refuse_mesh, unadaptable
+from melora_jax.core.dense_view import DenseView, unadaptable
 from melora_jax.core.initializers import from_kernel
+from melora_jax.nn.layer_view import refuse_mesh
 from melora_jax.nn.quantized import QuantizedLinear
 from melora_jax.nn.sharding import active_mesh
 

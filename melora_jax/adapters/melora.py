@@ -37,7 +37,8 @@ from melora_jax.core.adapter_update import (
     output_with_update,
     update_of,
 )
-from melora_jax.core.dense_view import DenseView, checked_view, view_at_call, view_of
+from melora_jax.core.dense_view import DenseView, view_at_call
+from melora_jax.nn.layer_view import checked_view, view_of
 from melora_jax.nn.parallel import ParallelDot
 from melora_jax.nn.quantized import QuantizedLinear
 from melora_jax.nn.sharding import DATA, FSDP, active_mesh

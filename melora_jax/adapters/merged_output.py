@@ -14,7 +14,7 @@ from jaxtyping import Array
 from melora_jax.adapters.tensor_parallel import why_whole
 from melora_jax.config import AdapterSpec
 from melora_jax.core import blocks
-from melora_jax.core.products.merged import Precision, _product, merged_product
+from melora_jax.core.products.merged import OwnAxis, Precision, _product, merged_product
 from melora_jax.nn.parallel import ParallelDot
 from melora_jax.nn.quantized import QuantizedLinear
 from melora_jax.nn.sharding import DATA, FSDP, TENSOR, batch_spec, mesh_of
@@ -71,7 +71,7 @@ def _product_on_mesh(
 ) -> Array:
     """`merged_product`, each device summing its part of W with its own minis."""
     form = dot.form(mesh)
-    own_axis = {"column": 0, "row": 1, "whole": None}[form]
+    own_axis = {"column": OwnAxis(0, TENSOR), "row": OwnAxis(1, TENSOR), "whole": None}[form]
     along = PartitionSpec() if form == "whole" else PartitionSpec(TENSOR)
 
     rows = tuple(axis for axis in (DATA, FSDP) if axis in jax.tree.leaves(tuple(batch_spec(x.shape, mesh))))

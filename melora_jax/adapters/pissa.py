@@ -13,8 +13,9 @@ from melora_jax.adapters.melora import MELoRADense
 from melora_jax.adapters.params import StartParam
 from melora_jax.config import AdapterSpec, Strategy
 from melora_jax.core.adapter_update import Adapter
-from melora_jax.core.dense_view import DenseView, refuse_mesh, unadaptable
+from melora_jax.core.dense_view import DenseView, unadaptable
 from melora_jax.core.initializers import difference, difference_spec, from_kernel, principal_factors
+from melora_jax.nn.layer_view import refuse_mesh
 from melora_jax.nn.quantized import QuantizedLinear
 
 

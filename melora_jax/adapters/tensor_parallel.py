@@ -20,7 +20,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from melora_jax.config import AdapterSpec, Strategy
 from melora_jax.core import blocks
 from melora_jax.core.dropout import drop, keep_mask
-from melora_jax.nn.parallel import Beside, Form, at_own_part, own_part
+from melora_jax.core.products.device_part import at_own_part, own_part
+from melora_jax.nn.parallel import Beside, Form
 from melora_jax.nn.quantized import QuantizedLinear
 from melora_jax.nn.sharding import TENSOR, batch_spec, mesh_of
 
@@ -126,14 +127,14 @@ def beside_base(
     cut = form != "whole" and why_whole(spec, mesh.shape[TENSOR]) is None
 
     def add(y: jax.Array, x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, *keep: jax.Array) -> jax.Array:
-        x = own_part(x) if cut and form == "column" else x
+        x = own_part(x, TENSOR) if cut and form == "column" else x
         x = drop(x.astype(a.dtype), keep[0], spec.dropout) if keep else x.astype(a.dtype)
-        x = at_own_part(x) if form == "row" and not cut else x
+        x = at_own_part(x, TENSOR) if form == "row" and not cut else x
         update = blocks.apply(x, a, b, scale, spec.mixer, strategy)
         if form == "row" and cut:
-            update = at_own_part(update)
+            update = at_own_part(update, TENSOR)
         elif form == "column" and not cut:
-            update = own_part(update)
+            update = own_part(update, TENSOR)
         return y + update.astype(y.dtype)
 
     along = PartitionSpec(TENSOR) if cut else PartitionSpec()

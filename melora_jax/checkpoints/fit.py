@@ -12,7 +12,8 @@ from melora_jax.adapters.params import MELoRAParam
 from melora_jax.adapters.plan import plan_sites
 from melora_jax.checkpoints.adapter_state import AdapterTree, extra_shapes
 from melora_jax.config import AdapterSpec, MELoRAConfig
-from melora_jax.core.dense_view import DenseView, view_of
+from melora_jax.core.dense_view import DenseView
+from melora_jax.nn.layer_view import view_of
 from melora_jax.nn.tree import path_of, walk
 
 

@@ -159,17 +159,3 @@ def require_mesh() -> AbstractMesh:
     if mesh is None:
         raise ValueError("no mesh is in force; enter jax.set_mesh(mesh)")
     return mesh
-
-
-def own_part(x: jax.Array) -> jax.Array:
-    """Inside a `shard_map`: this device's part, over `tensor`, of the last axis."""
-    size = x.shape[-1] // jax.lax.axis_size(TENSOR)
-    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(TENSOR) * size, size, axis=-1)
-
-
-def at_own_part(x: jax.Array) -> jax.Array:
-    """Inside a `shard_map`: zeros as wide as all parts over `tensor`, with `x` in this device's place."""
-    size, parts = x.shape[-1], jax.lax.axis_size(TENSOR)
-    before = jax.lax.axis_index(TENSOR) * size
-    wide = jnp.zeros((*x.shape[:-1], size * parts), x.dtype)
-    return jax.lax.dynamic_update_slice_in_dim(wide, x, before, axis=-1)

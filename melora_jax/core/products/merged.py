@@ -5,7 +5,7 @@ Beside the base's own products there remain the gradients of the factors (`facto
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,17 @@ from jaxtyping import Array, Float
 from melora_jax.config import AdapterSpec, Mixer
 from melora_jax.core import blocks
 from melora_jax.core.products.block_diagonal import add_block_diagonal, block_diagonal, exact_product
+from melora_jax.core.products.device_part import at_own_part, own_part
 from melora_jax.core.products.factor_gradients import Scale, factor_gradients, takes_blocks
-from melora_jax.nn.parallel import at_own_part, own_part
 
 Precision = Any
-# The axis of a kernel along which a device's minis have only its own part over `tensor`; None: they have all of it.
-OwnAxis = int | None
+
+
+class OwnAxis(NamedTuple):
+    """The axis of a kernel along which a device's minis have its own part alone, and the mesh axis that cuts it."""
+
+    number: int
+    over: str
 
 
 def merged_product(
@@ -51,7 +56,14 @@ def merged_product(
 
 
 def _by_sum(
-    x: Array, kernel: Array, a: Array, b: Array, scale: Scale, mixer: Mixer, precision: Precision, own_axis: OwnAxis
+    x: Array,
+    kernel: Array,
+    a: Array,
+    b: Array,
+    scale: Scale,
+    mixer: Mixer,
+    precision: Precision,
+    own_axis: OwnAxis | None,
 ) -> Array:
     """The same; inside a `shard_map` of one device's parts."""
     y = _dot(x, _formed(kernel, a, b, scale, mixer, own_axis), precision)
@@ -62,18 +74,18 @@ _product = jax.custom_vjp(_by_sum, nondiff_argnums=(5, 6, 7))
 
 
 def _forward(
-    x: Any, kernel: Any, a: Any, b: Any, scale: Any, mixer: Mixer, precision: Precision, own_axis: OwnAxis
+    x: Any, kernel: Any, a: Any, b: Any, scale: Any, mixer: Mixer, precision: Precision, own_axis: OwnAxis | None
 ) -> tuple[Array, Any]:
     return _by_sum(x, kernel, a, b, scale, mixer, precision, own_axis), (x, kernel, a, b, scale)
 
 
 def _backward(
-    mixer: Mixer, precision: Precision, own_axis: OwnAxis, kept: Any, cotangent: Array
+    mixer: Mixer, precision: Precision, own_axis: OwnAxis | None, kept: Any, cotangent: Array
 ) -> tuple[Array | None, ...]:
     given, kernel, a, b, scale = kept
     x, cotangent = (array.reshape(-1, array.shape[-1]) for array in (given, cotangent))
-    read = own_part(x) if own_axis == 0 else x
-    written = own_part(cotangent) if own_axis == 1 else cotangent
+    read = own_part(x, own_axis.over) if own_axis is not None and own_axis.number == 0 else x
+    written = own_part(cotangent, own_axis.over) if own_axis is not None and own_axis.number == 1 else cotangent
     read, wide_a, wide_b, written = (_wide(array) for array in (read, a, b, written))
     to_a, to_b = factor_gradients(read, wide_a, wide_b, scale, written, mixer)
     held = a if _stays(len(x), a, b, mixer) else _after(to_a, a)
@@ -119,7 +131,7 @@ def _wide(array: Array) -> Array:
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
-def _formed(kernel: Array, a: Array, b: Array, scale: Scale, mixer: Mixer, own_axis: OwnAxis) -> Array:
+def _formed(kernel: Array, a: Array, b: Array, scale: Scale, mixer: Mixer, own_axis: OwnAxis | None) -> Array:
     """W + ΔW."""
     if mixer == "identity":
         a = a * scale[:, None, :]
@@ -131,6 +143,4 @@ def _formed(kernel: Array, a: Array, b: Array, scale: Scale, mixer: Mixer, own_a
 
 def _in_place(delta: Array, own_axis: OwnAxis) -> Array:
     """This device's minis' ΔW, in its place along the axis."""
-    if own_axis is None:
-        return delta
-    return at_own_part(delta) if own_axis == 1 else at_own_part(delta.T).T
+    return at_own_part(delta, own_axis.over) if own_axis.number == 1 else at_own_part(delta.T, own_axis.over).T

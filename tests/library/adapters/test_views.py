@@ -13,7 +13,8 @@ from flax import nnx
 
 import melora_jax as mj
 from melora_jax.config import AdapterSpec
-from melora_jax.core.dense_view import view_of, view_of_einsum
+from melora_jax.core.dense_view import view_of_einsum
+from melora_jax.nn.layer_view import view_of
 from tests.support import reference
 
 SPEC = AdapterSpec(n=2, r=(1, 2), alpha=(3.0, 5.0))
