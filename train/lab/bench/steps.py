@@ -183,7 +183,7 @@ def _strategy(model: Any, tokens: int) -> str:
     return next(layers).strategy_for(tokens)
 
 
-_SERVE = "import sys, train.bench_steps as steps; steps.serve_torch(sys.argv[1])"
+_SERVE = "import sys, train.lab.bench.steps as steps; steps.serve_torch(sys.argv[1])"
 
 
 def _torch_apart(bench: Bench) -> Step:
