@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from melora_jax.nn.tree import path_of
+from melora_jax.nn.tree import path_of, without_base
 
 DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
 BATCH = (DATA, FSDP)
@@ -150,7 +150,7 @@ def logical_axes(path: str, shape: tuple[int, ...]) -> tuple[str | None, ...]:
     >>> logical_axes("bert/encoder/layer/0/attention/output/dense/kernel", (8, 8))
     ('heads', 'embed')
     """
-    plain = re.sub(_CODES, "/kernel", path.replace("/base/", "/"))  # inside an adapter's layer; quantised
+    plain = re.sub(_CODES, "/kernel", without_base(path))  # quantised
     for pattern, axes in RULES:
         if re.search(rf"(?:^|/){pattern}$", plain) and len(axes) <= len(shape):
             return (None,) * (len(shape) - len(axes)) + axes

@@ -29,6 +29,15 @@ def path_of(keypath: Path) -> str:
     return "/".join(_name_of(key) for key in keypath)
 
 
+def without_base(path: str) -> str:
+    """The path that a variable has without its adapter: a layer that wraps another holds it as `base`.
+
+    >>> without_base("encoder/layer/0/query/base/kernel")
+    'encoder/layer/0/query/kernel'
+    """
+    return path.replace("/base/", "/")
+
+
 def _name_of(key: Any) -> str:
     return str(key) if isinstance(key, str | int) else jax.tree_util.keystr((key,), simple=True)
 
