@@ -6,11 +6,11 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from melora_jax import validation
-from melora_jax.patterns import first_match
 
 Scaling = Literal["mini", "total", "rslora"]
 Mixer = Literal["identity", "all", "shuffle", "scatter"]
@@ -251,6 +251,29 @@ class MELoRAConfig:
                 hint = f"perhaps {near[0]!r}" if near else f"known are {', '.join(known)}"
                 raise ValueError(f"unknown key {key!r} in the adapter config; {hint}")
         return cls(**values)
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether `pattern` names the module at `path`: equal, a suffix of whole names, or a regular expression.
+
+    >>> matches("self.query", "layer/0/self/query"), matches(r".*/[02]/.*", "layer/0/self/query")
+    (True, True)
+    >>> matches("ery", "query")
+    False
+    """
+    return is_suffix(pattern, path) or any(
+        re.fullmatch(pattern, spelled) is not None for spelled in (path, path.replace("/", "."))
+    )
+
+
+def is_suffix(name: str, path: str) -> bool:
+    """Whether `name`, written with "." or "/", is `path` or its last whole names."""
+    return ("/" + path).endswith("/" + name.replace(".", "/"))
+
+
+def first_match(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    """The value of the first pattern that matches `path`, else `default`."""
+    return next((value for pattern, value in patterns.items() if matches(pattern, path)), default)
 
 
 def _as_tuple(value: Any) -> Any:

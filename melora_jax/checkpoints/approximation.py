@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from melora_jax.checkpoints.adapter_state import AdapterTree
+from melora_jax.core.report import table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +46,10 @@ class Approximation:
     left_out: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
-        width = max((len(path) for path in [*self.losses, "site"]), default=4)
-        lines = [f"{'site':{width}}  {'off blocks':>10}  {'inside':>8}  {'error':>8}"]
+        rows = [("site", "off blocks", "inside", "error")]
         for path, loss in self.losses.items():
             shares = [part / loss.energy if loss.energy else 0.0 for part in (loss.off_blocks, loss.inside)]
-            lines.append(f"{path:{width}}  {shares[0]:>10.2%}  {shares[1]:>8.2%}  {loss.error:>8.4f}")
+            rows.append((path, f"{shares[0]:.2%}", f"{shares[1]:.2%}", f"{loss.error:.4f}"))
+        lines = [table(rows)]
         lines += [f"left out: {name} (norm of its change {change**0.5:.4g})" for name, change in self.left_out.items()]
         return "\n".join(lines)

@@ -12,9 +12,9 @@ import numpy as np
 from melora_jax.checkpoints.adapter_state import config_of_sites
 from melora_jax.checkpoints.approximation import Approximation
 from melora_jax.checkpoints.arithmetic import compress_deltas
+from melora_jax.config import is_suffix
 from melora_jax.models.hub.checkpoint import checkpoint_source, config_of, open_tensors, tensor_files
 from melora_jax.models.hub.names import Family, family_of, flax_from_torch
-from melora_jax.patterns import is_suffix
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from melora_jax.checkpoints.peft.config import PEFT_CONFIG
 from melora_jax.checkpoints.peft.export import PEFT_TENSORS
 from melora_jax.checkpoints.peft.reader import read_peft
 from melora_jax.checkpoints.peft.servers import Reader, readers
-from melora_jax.core.report import rank_note
+from melora_jax.core.report import rank_note, table
 from melora_jax.core.spectrum import effective_rank, numerical_rank, singular_values
 from melora_jax.files.safetensors_io import TensorFile, read_json
 
@@ -67,11 +67,8 @@ class Inspection:
         head = f"{self.folder}: {self.format}, {self.parameters:,} parameters, {self.size:,} bytes"
         of = f"base {self.base_model or 'not named'}, task {self.task or 'not named'}"
         rows = [("site", "d_in", "d_out", "n", "r", "rank", "effective", "norm", "largest"), *map(_row, self.sites)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        sized = [list(zip(row, widths, strict=True)) for row in rows]
-        table = ["  ".join([path.ljust(w), *(cell.rjust(width) for cell, width in rest)]) for (path, w), *rest in sized]
         saved = [f"trained whole: {', '.join(self.saved)}"] if self.saved else []
-        return "\n".join([head, of, *table, *saved, "served by", *(f"  {reader}" for reader in self.readers)])
+        return "\n".join([head, of, table(rows), *saved, "served by", *(f"  {reader}" for reader in self.readers)])
 
 
 def _row(site: SiteSummary) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 # The values that vLLM's --max-lora-rank takes; 16 is its default.
@@ -57,16 +57,31 @@ class Adaptation:
         return dataclasses.asdict(self) | {"trainable": self.trainable}
 
     def __str__(self) -> str:
-        rows = [("site", "strategy", "d_in", "d_out", "n", "r", "rank", "parameters"), *_rows(self.sites)]
-        paths, strategies, *numbers = zip(*rows, strict=True)
-        columns = [_padded(paths, str.ljust), *(_padded(column, str.rjust) for column in numbers), strategies]
-        table = "\n".join("  ".join(cells) for cells in zip(*columns, strict=True))
+        rows = [("site", "d_in", "d_out", "n", "r", "rank", "parameters", "strategy"), *_rows(self.sites)]
         share = 100 * self.trainable / max(1, self.trainable + self.frozen)
         saved = f"\ntrained whole: {', '.join(self.saved)}" if self.saved else ""
         base = f" + base {self.base:,}" if self.base else ""
         counts = f"\nadapters {self.adapter:,}{base} + head {self.head:,} = {self.trainable:,} trainable"
         notes = "".join(f"\n{note}" for note in self.notes)
-        return f"{table}{saved}{counts} ({share:.2f} %), {self.frozen:,} frozen{notes}"
+        return f"{table(rows, left=(0, 7))}{saved}{counts} ({share:.2f} %), {self.frozen:,} frozen{notes}"
+
+
+def table(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:
+    """Rows of cells, the header first, as text in aligned columns with two spaces between.
+
+    Args:
+      rows: the cells, as many in each row.
+      left: numbers of the columns that are aligned left, as names are; the others are aligned right.
+
+    >>> print(table([("site", "rank"), ("layers/0", "8")]))
+    site      rank
+    layers/0     8
+    """
+    columns = []
+    for number, cells in enumerate(zip(*rows, strict=True)):
+        width = max(map(len, cells))
+        columns.append([cell.ljust(width) if number in left else cell.rjust(width) for cell in cells])
+    return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
 
 
 def served_rank(rank: int) -> int | None:
@@ -99,9 +114,9 @@ def _rows(sites: Sequence[Site]) -> list[tuple[str, ...]]:
         start, end = numbered.span(1) if numbered else (len(path), len(path))
         groups.setdefault((path[:start], path[end:], *cells), []).append(path[start:end])
     rows = []
-    for (before, after, *cells, parameters), numbers in groups.items():
+    for (before, after, *cells, parameters, strategy), numbers in groups.items():
         times = f"{len(numbers)} × " if len(numbers) > 1 else ""
-        rows.append((f"{before}{_listed(numbers)}{after}", *cells, f"{times}{parameters}"))
+        rows.append((f"{before}{_listed(numbers)}{after}", *cells, f"{times}{parameters}", strategy))
     return rows
 
 
@@ -115,9 +130,4 @@ def _listed(numbers: Sequence[str]) -> str:
 def _row(site: Site) -> tuple[str, ...]:
     r = str(site.r[0]) if len(set(site.r)) == 1 else ",".join(map(str, site.r))
     sizes = (str(size) for size in (site.d_in, site.d_out, site.n, r, site.rank))
-    return (site.path, site.strategy, *sizes, f"{site.parameters:,}")
-
-
-def _padded(cells: Sequence[str], pad: Callable[[str, int], str]) -> list[str]:
-    width = max(map(len, cells))
-    return [pad(cell, width) for cell in cells]
+    return (site.path, *sizes, f"{site.parameters:,}", site.strategy)

@@ -8,8 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from melora_jax.config import ALL_LINEAR, AdapterSpec, MELoRAConfig
-from melora_jax.patterns import is_suffix, matches
+from melora_jax.config import ALL_LINEAR, AdapterSpec, MELoRAConfig, is_suffix, matches
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

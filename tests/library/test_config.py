@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 import melora_jax as mj
-from melora_jax.config import AdapterSpec
-from melora_jax.patterns import first_match, is_suffix, matches
+from melora_jax.config import AdapterSpec, first_match, is_suffix, matches
 
 FULL: dict[str, Any] = {
     "n": 3,

@@ -10,7 +10,7 @@ from melora_jax.models.activations import ACTIVATIONS
 from melora_jax.models.decoders.layer_types import FULL, SLIDING, layer_types_of, window_from
 from melora_jax.models.decoders.rope import Rope, rope_from
 from melora_jax.models.hub.names import family_of
-from melora_jax.numbers import flag, number, positive, whole
+from melora_jax.validation import flag, number, positive, whole
 
 # (key, the values that we implement); a key that is absent is harmless
 _SUPPORTED = (

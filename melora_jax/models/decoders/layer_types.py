@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from melora_jax.numbers import flag, number, whole
+from melora_jax.validation import flag, number, whole
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 

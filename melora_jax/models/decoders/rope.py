@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from melora_jax.numbers import number, positive
+from melora_jax.validation import number, positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import Any
 from melora_jax.models.decoders.layer_types import FULL, SLIDING
 from melora_jax.models.gguf.reader import GGUFFile
 from melora_jax.models.gguf.rope import rope_scaling_of
-from melora_jax.numbers import positive, whole
+from melora_jax.validation import positive, whole
 
 _NORM_EPS, _KEY, _VALUE = "attention.layer_norm_rms_epsilon", "attention.key_length", "attention.value_length"
 _WINDOW, _PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"

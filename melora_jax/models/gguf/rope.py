@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from melora_jax.models.gguf.reader import GGUFFile
-from melora_jax.numbers import positive, whole
+from melora_jax.validation import positive, whole
 
 ROPE_FACTORS = "rope_freqs.weight"
 # Llama 3's settings are in a file as the factors they come to; these and the factor are all that was ever published
