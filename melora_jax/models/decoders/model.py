@@ -12,9 +12,8 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from melora_jax.models.base import HuggingFaceModel
-from melora_jax.models.decoders.config import DecoderConfig
+from melora_jax.models.decoders.config import SLIDING, DecoderConfig
 from melora_jax.models.decoders.kv_cache import KVCache, empty_cache, next_positions, place_tokens, require_room
-from melora_jax.models.decoders.layer_types import SLIDING
 from melora_jax.models.decoders.layers import DecoderLayer, DecoderParts, GemmaLayer, KeyValue, Shared
 from melora_jax.models.decoders.masks import Tokens, causal_mask, token_positions
 from melora_jax.models.decoders.rope import rotations

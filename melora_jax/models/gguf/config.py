@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from melora_jax.models.decoders.layer_types import FULL, SLIDING
+from melora_jax.models.decoders.config import FULL, SLIDING
 from melora_jax.models.gguf.reader import GGUFFile
 from melora_jax.models.gguf.rope import rope_scaling_of
 from melora_jax.validation import positive, whole
