@@ -10,8 +10,7 @@ from flax import nnx
 
 from melora_jax.models.base import LoadReport, label_names_of, with_dtype, with_task
 from melora_jax.models.decoders.config import DecoderConfig, decoder_config
-from melora_jax.models.decoders.decoder_head import DecoderForSequenceClassification
-from melora_jax.models.decoders.heads import CausalLM
+from melora_jax.models.decoders.heads import CausalLM, DecoderForSequenceClassification
 from melora_jax.models.decoders.layers import DecoderParts
 from melora_jax.models.decoders.model import REMAT, DecoderModel
 from melora_jax.models.encoders.bert import BertModel
