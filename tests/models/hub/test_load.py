@@ -440,7 +440,7 @@ def test_a_failing_save_leaves_the_old_checkpoint(folder, bert, monkeypatch):
     def full(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr("melora_jax.models.hub.shards.write_tensors", full)
+    monkeypatch.setattr("melora_jax.models.hub.save.write_tensors", full)
     with pytest.raises(OSError, match="no space left"):
         mj.save_pretrained(bert, folder)
     assert content(folder.parent) == {f"bert/{name}": data for name, data in before.items()}
