@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from melora_jax.models.gguf.config import architecture_of, config_from_gguf
+from melora_jax.models.gguf.config import ROPE_FACTORS, architecture_of, config_from_gguf
 from melora_jax.models.gguf.reader import GGUFFile
-from melora_jax.models.gguf.rope import ROPE_FACTORS
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER = {
