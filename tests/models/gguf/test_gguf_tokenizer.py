@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 import melora_jax as mj
-from melora_jax.models.gguf.tokenizer import tokenizer_from_gguf
-from melora_jax.models.gguf.vocabulary import PRE_TOKENIZERS
+from melora_jax.models.gguf.tokenizer import PRE_TOKENIZERS, tokenizer_from_gguf
 from tests.support.decoder_fixtures import CONFIGS, random_decoder
 from tests.support.gguf_fixtures import write_gguf
 from tests.support.gguf_vocabularies import (
