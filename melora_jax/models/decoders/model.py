@@ -18,7 +18,7 @@ from melora_jax.models.decoders.layers import DecoderLayer, DecoderParts, GemmaL
 from melora_jax.models.decoders.masks import Tokens, causal_mask, token_positions
 from melora_jax.models.decoders.rope import rotations
 from melora_jax.models.inputs import checked_mask, dropout_on, matrix_of_whole_numbers, require_below, require_shape
-from melora_jax.nn.layer_stack import Layers
+from melora_jax.nn.scan_layers import Layers
 from melora_jax.nn.sharding import constrain
 
 REMAT = ("none", "dots", "full")

@@ -16,7 +16,7 @@ from melora_jax.models.base import HuggingFaceModel
 from melora_jax.models.encoders.config import Parts, checked_ids, checked_types
 from melora_jax.models.inputs import checked_mask, dropout_on
 from melora_jax.nn.attention import attention, padding_bias
-from melora_jax.nn.layer_stack import Layers
+from melora_jax.nn.scan_layers import Layers
 from melora_jax.nn.sharding import constrain
 
 

@@ -13,7 +13,7 @@ from melora_jax.models.encoders.bert import positions
 from melora_jax.models.encoders.config import Parts, checked_ids
 from melora_jax.models.inputs import checked_mask, dropout_on
 from melora_jax.nn.attention import attention, padding_bias
-from melora_jax.nn.layer_stack import Layers
+from melora_jax.nn.scan_layers import Layers
 from melora_jax.nn.sharding import constrain
 
 

@@ -16,7 +16,7 @@ import melora_jax as mj
 from melora_jax.checkpoints import spectra
 from melora_jax.models import model_from_config
 from melora_jax.nn import unstack_layers
-from melora_jax.nn.layer_stack import LayerRun
+from melora_jax.nn.scan_layers import LayerRun
 from melora_jax.nn.tree import walk
 from tests.support.decoder_fixtures import random_decoder, token_ids
 
