@@ -20,6 +20,7 @@ from melora_jax.config import AdapterSpec, MELoRAConfig, Strategy
 from melora_jax.core import blocks
 from melora_jax.core.adapter_update import merged_kernel, update_of
 from melora_jax.core.dense_view import DenseView, unadaptable, view_of_general
+from melora_jax.core.platform import platform
 from melora_jax.core.products.plan import choose_strategy
 from melora_jax.core.targeting import NamedModule, require_factors_alone, require_patterns, select, spec_of
 from melora_jax.validation import check_sizes
@@ -86,7 +87,7 @@ def _checked_spec(chosen: NamedModule, config: MELoRAConfig) -> AdapterSpec:
 def _adapter(path: str, shape: tuple[int, int], spec: AdapterSpec, key: Array) -> Adapter:
     if spec.strategy == "merged":
         raise ValueError(f'strategy="merged" at {path} is for NNX models, not for bare arrays; use "batched" or "auto"')
-    strategy = choose_strategy(spec.strategy, spec.n * max(spec.r), jax.default_backend())
+    strategy = choose_strategy(spec.strategy, spec.n * max(spec.r), platform())
     return Adapter(*blocks.init_factors(blocks.start_key(key, path), *shape, spec), path, spec, strategy)
 
 

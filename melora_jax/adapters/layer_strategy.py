@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from melora_jax.adapters.merged_output import why_unmergeable
 from melora_jax.config import AdapterSpec, Strategy
+from melora_jax.core.platform import platform
 from melora_jax.core.products.plan import choose_strategy, merging_pays, unmerged
 
 
@@ -36,7 +36,7 @@ def chosen_strategy(base: Any, spec: AdapterSpec, latents: int, variant: str | N
     # Where the sum would be rounded to less than float32, or a quantised kernel made whole, it must be asked for.
     exact = why_not is None and isinstance(base, nnx.Linear) and _in_float32(base, spec)
     mergeable = exact and spec.dropout == 0 and spec.mixer == "identity"  # else ΔW is a dense product
-    return choose_strategy(spec.strategy, latents, jax.default_backend(), mergeable)
+    return choose_strategy(spec.strategy, latents, platform(), mergeable)
 
 
 def _in_float32(base: nnx.Linear, spec: AdapterSpec) -> bool:
@@ -55,7 +55,7 @@ def strategy_on(tokens: int, chosen: Strategy, asked: Strategy, a: tuple[int, ..
     """
     if chosen != "merged" or asked == "merged" or merging_pays(tokens, a, b):
         return chosen
-    return unmerged(chosen, a[0] * a[2], jax.default_backend())
+    return unmerged(chosen, a[0] * a[2], platform())
 
 
 def sums_whole(base: Any, n: int, r: int) -> bool:

@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from melora_jax.config import AdapterSpec, Init, Mixer, Strategy
 from melora_jax.core.initializers import orthogonal_factors
+from melora_jax.core.platform import platform
 from melora_jax.core.products.block_diagonal import block_diagonal, block_diagonal_product
 from melora_jax.core.products.plan import unmerged
 
@@ -120,7 +121,7 @@ def reduce(
         x = x[..., feature_order(n * i, 0)]
     # One axis of rows: of several, XLA on CPU would lay x out anew for the gradient of A, transposed, and compute again
     # in that order what made it (MiniLM, all linear layers adapted: 310 of 1,130 ms a step for six GELUs).
-    if unmerged(strategy, n * r, jax.default_backend()) == "packed":
+    if unmerged(strategy, n * r, platform()) == "packed":
         return block_diagonal_product(x.reshape(-1, n * i), a).reshape(*batch, n, r)
     z = jax.vmap(jnp.matmul, in_axes=(1, 0), out_axes=1)(x.reshape(-1, n, i), a)
     return z.reshape(*batch, n, r)
@@ -149,7 +150,7 @@ def expand(
     """From latents to the output: concat_k( (M·s·z)_k·B_k )."""
     n, r, o = b.shape
     z = mix(z * jnp.asarray(scale, z.dtype), mixer)
-    if unmerged(strategy, n * r, jax.default_backend()) == "packed":
+    if unmerged(strategy, n * r, platform()) == "packed":
         y = block_diagonal_product(z.reshape(-1, n * r), b)
     else:
         y = jax.vmap(jnp.matmul, in_axes=(1, 0), out_axes=1)(z.reshape(-1, n, r), b)

@@ -12,6 +12,7 @@ from flax.core import meta
 
 from melora_jax.config import MELoRAConfig
 from melora_jax.core.dense_view import unadaptable
+from melora_jax.core.platform import platform
 from melora_jax.core.products.plan import choose_strategy
 from melora_jax.core.report import Adaptation, Site
 from melora_jax.core.targeting import (
@@ -90,7 +91,7 @@ def _planned(chosen: NamedModule, config: MELoRAConfig) -> LinenSite:
         raise ValueError(
             f'strategy="merged" at {path} is for NNX models, not for Linen models; use "batched" or "auto"'
         )
-    strategy = choose_strategy(spec.strategy, spec.n * max(spec.r), jax.default_backend())
+    strategy = choose_strategy(spec.strategy, spec.n * max(spec.r), platform())
     return LinenSite(path, spec, strategy, layer)
 
 

@@ -29,6 +29,7 @@ from flax import nnx
 from melora_jax.adapters.melora import MELoRADense
 from melora_jax.adapters.params import FrozenParam, MELoRAParam
 from melora_jax.core.dropout import adapter_dropout, rounded_rate
+from melora_jax.core.platform import platform
 from melora_jax.core.products.plan import unmerged
 from melora_jax.nn.sharding import mesh_of_tree
 from melora_jax.nn.tree import path_of, walk
@@ -252,7 +253,7 @@ def _as(member: Members, model: nnx.Module) -> Iterator[None]:
     for layer in _merged_layers(model):
         # W + ΔW would be one a member, and its product can't drop; beside the base's own product all members share W.
         latents = layer.product.spec.n * max(layer.product.spec.r)
-        layer.strategy = unmerged(layer.strategy, latents, jax.default_backend())
+        layer.strategy = unmerged(layer.strategy, latents, platform())
     if member.alpha is not None:
         for path, variable in nnx.to_flat_state(nnx.state(model, MELoRAParam)):
             if path[-1] == "b":

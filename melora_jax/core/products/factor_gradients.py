@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from melora_jax.config import Mixer
 from melora_jax.core import blocks
+from melora_jax.core.platform import platform
 from melora_jax.core.products.block_diagonal import block_diagonal, column_sums, varies_by_device
 from melora_jax.core.products.plan import choose_strategy, sums_columns
 
@@ -48,9 +49,9 @@ def factor_gradients(
         products = _products_of_blocks(x, cotangent, n)
         to_a = jnp.einsum("nio,nro->nir", products, b * to_right)
         return to_a, jnp.einsum("nir,nio->nro", a * to_left, products)
-    if mixer == "identity" and sums_columns(n, r, jax.default_backend()) and not varies_by_device(x, cotangent, a, b):
+    if mixer == "identity" and sums_columns(n, r, platform()) and not varies_by_device(x, cotangent, a, b):
         return _by_column_sums(x, a, b, scale, cotangent)
-    strategy, ones = choose_strategy("auto", n * r, jax.default_backend()), np.ones(scale.shape, np.float32)
+    strategy, ones = choose_strategy("auto", n * r, platform()), np.ones(scale.shape, np.float32)
     return jax.vjp(lambda a, b: blocks.apply(x, a * to_left, b, ones, mixer, strategy), a, b)[1](cotangent)
 
 
@@ -66,7 +67,7 @@ def _by_column_sums(x: Array, a: Array, b: Array, scale: Scale, cotangent: Array
 def _products_of_blocks(x: Array, cotangent: Array, n: int) -> Array:
     """x_kᵀg_k of each block, `[n, i, o]`."""
     i, o = x.shape[1] // n, cotangent.shape[1] // n
-    if jax.default_backend() != "cpu":
+    if platform() != "cpu":
         return jnp.einsum("tni,tno->nio", x.reshape(-1, n, i), cotangent.reshape(-1, n, o))
     # XLA on CPU would transpose both, for an axis of blocks; columns it takes as they lie. The narrower stands on the
     # left, which is dearer to pack (1536 by 384: 4.7 : 3.0 ms).
@@ -120,5 +121,5 @@ def takes_blocks(a: Array, b: Array, mixer: Mixer) -> bool:
     r=1 is 1.11 by blocks and 1.11 with latents where d_in is not d_out, in 667 MB for 682.
     """
     (n, i, r), o = a.shape, b.shape[2]
-    weight = 0.3 if sums_columns(n, r, jax.default_backend()) else 3
+    weight = 0.3 if sums_columns(n, r, platform()) else 3
     return mixer == "identity" and i * o <= weight * n * r * (i + o)

@@ -17,12 +17,12 @@ MERGED_TOKENS = 256
 
 
 def choose_strategy(strategy: Strategy, latents: int, backend: str, mergeable: bool = False) -> Strategy:
-    """The strategy that `"auto"` stands for on a backend (`jax.default_backend()`); others are returned as they are.
+    """The strategy that `"auto"` stands for on a platform; others are returned as they are.
 
     Args:
       strategy: what was asked for.
       latents: n·r.
-      backend: where it shall run.
+      backend: the platform (`core.platform.platform`).
       mergeable: whether W + ΔW can be formed at no loss.
 
     >>> choose_strategy("auto", 8, "cpu"), choose_strategy("auto", 64, "cpu"), choose_strategy("auto", 64, "cpu", True)

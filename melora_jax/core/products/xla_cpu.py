@@ -9,6 +9,8 @@ from typing import Any
 import jax
 from jax.experimental.xla_metadata import set_xla_metadata
 
+from melora_jax.core.platform import platform
+
 
 def whole_sum(sum_of: Callable[..., jax.Array], *terms: jax.Array) -> jax.Array:
     """sum_of(*terms), such as a layer's output plus its adapter's, an array of its own on a machine of one CPU device.
@@ -25,7 +27,7 @@ def whole_sum(sum_of: Callable[..., jax.Array], *terms: jax.Array) -> jax.Array:
     >>> whole_sum(jax.numpy.add, jax.numpy.ones(3), jax.numpy.ones(3)).tolist()
     [2.0, 2.0, 2.0]
     """
-    if jax.default_backend() != "cpu" or jax.device_count() > 1:
+    if platform() != "cpu" or jax.device_count() > 1:
         return sum_of(*terms)
     return _whole_sum(sum_of, *terms)
 

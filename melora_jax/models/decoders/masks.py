@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from melora_jax.core.dropout import dropout
+from melora_jax.core.platform import platform
 
 # Finite, so that a row that may look at nothing gets equal weights and not 0/0.
 _MASKED = -1e30
@@ -114,7 +115,7 @@ def causal_attention(
     >>> causal_attention(query, key, key, None, window=None, scale=0.5, softcap=None, rate=0.0, path="").shape
     (2, 5, 6, 4)
     """
-    if softcap is None and rate == 0.0 and jax.default_backend() != "cpu":
+    if softcap is None and rate == 0.0 and platform() != "cpu":
         back = None if mask is not None or window is None else (window - 1, 0)
         return jax.nn.dot_product_attention(
             query, key, value, mask=mask, scale=scale, is_causal=mask is None, local_window_size=back
