@@ -21,10 +21,10 @@ from train.loop.best import save_best
 from train.loop.checkpoint import Bookkeeping, Checkpoints
 from train.loop.evaluate import evaluate
 from train.loop.identity import check_config, check_folder, check_started, write_facts
-from train.loop.memory import keep_freed_memory
 from train.loop.reporting import introduce, make_log, make_progress
 from train.loop.setup import Experiment
 from train.loop.steps import Steps, compile_steps
+from train.process import keep_freed_memory
 from train.report.terminal import Progress, memory_in_use
 from train.run_folder.errors import HostLostError, RunError
 from train.run_folder.folder import resume_command
@@ -87,7 +87,7 @@ def run(experiment: Experiment, resume: bool = False) -> Outcome:
             except jax.errors.JaxRuntimeError as error:
                 if jax.process_count() == 1:
                     raise
-                raise HostLostError(error, checkpoints.describe_latest(), folder) from error
+                raise HostLostError(error, checkpoints.describe_latest(), resume_command(folder)) from error
 
 
 @dataclasses.dataclass

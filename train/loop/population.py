@@ -16,11 +16,11 @@ from train.loop.finish import finish
 from train.loop.identity import check_config, check_folder, check_started, write_facts
 from train.loop.loop import Outcome
 from train.loop.members import require_population
-from train.loop.memory import keep_freed_memory
 from train.loop.population_experiment import Population, prepare_population
 from train.loop.population_loop import PopulationNotes, Session
 from train.loop.reporting import introduce, make_progress
 from train.loop.setup import Experiment
+from train.process import keep_freed_memory
 from train.report.report import write_report
 from train.run_folder.errors import RunError
 from train.run_folder.folder import POPULATION, population_of

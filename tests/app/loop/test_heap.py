@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc
 # 160 MB of temporary memory: 39,000 pages of 4 kB.
 STEPS = """
 import resource, statistics, sys
-from train.loop.memory import keep_freed_memory, use_one_arena
+from train.process import keep_freed_memory, use_one_arena
 if "keep" in sys.argv: use_one_arena()
 import jax, jax.numpy as jnp
 step = jax.jit(lambda a, b, c: jnp.tanh(a @ b) @ c)

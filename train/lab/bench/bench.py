@@ -26,7 +26,7 @@ from train.lab.bench.page import screen_tables, write_page
 from train.lab.bench.plot import plot_path, png_of
 from train.lab.bench.record import Record, Run, machine, record_of, row_of, save
 from train.lab.bench.steps import TORCH, Bench, Facts, Step, torch_step, variants
-from train.loop.memory import keep_freed_memory
+from train.process import keep_freed_memory
 from train.run_folder.errors import RunError
 from train.run_folder.log import replace_bytes
 
