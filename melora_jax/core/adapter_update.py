@@ -37,7 +37,6 @@ def update_of(
     y: Array,
     a: Float[Array, "n i r"],
     b: Float[Array, "n r o"],
-    layer: Array | None = None,
 ) -> Array:
     """concat_k( s_k · drop(x_k)·A_k·B_k ), of the shape and dtype of `y`.
 
@@ -46,9 +45,8 @@ def update_of(
       view: how input, output and kernel lie flat.
       x, y: the layer's input and output.
       a, b: the factors.
-      layer: the layer's number in a stack that shares this path, for its dropout; it may be traced.
     """
-    latents = _latents_of(adapter, view, x, in_dtype_of(adapter, a, y), layer)
+    latents = _latents_of(adapter, view, x, in_dtype_of(adapter, a, y))
     return _Writer(adapter.spec, adapter.strategy, view).update(y, latents, in_dtype_of(adapter, b, y))
 
 
@@ -56,20 +54,18 @@ def output_with_update(
     adapter: Adapter, view: DenseView, x: Array, y: Array, a: Float[Array, "n i r"], b: Float[Array, "n r o"]
 ) -> Array:
     """y + update_of(...), kept as one array (`whole_sum`)."""
-    latents = _latents_of(adapter, view, x, in_dtype_of(adapter, a, y), None)
+    latents = _latents_of(adapter, view, x, in_dtype_of(adapter, a, y))
     writer = _Writer(adapter.spec, adapter.strategy, view)
     return whole_sum(writer, y, latents, in_dtype_of(adapter, b, y))
 
 
-def _latents_of(
-    adapter: Adapter, view: DenseView, x: Array, a: Float[Array, "n i r"], layer: Array | None
-) -> Float[Array, "... n r"]:
+def _latents_of(adapter: Adapter, view: DenseView, x: Array, a: Float[Array, "n i r"]) -> Float[Array, "... n r"]:
     """drop(x_k)·A_k of every mini."""
     rate = adapter_rate(adapter.spec.dropout)
     if view.lookup:  # an embedding's dropout drops whole tokens
-        keep = dropout(jnp.ones(x.shape, a.dtype), rate, adapter.path, layer)
+        keep = dropout(jnp.ones(x.shape, a.dtype), rate, adapter.path)
         return blocks.look_up(x, a, keep, adapter.spec.mixer)
-    flat = dropout(view.flatten_input(x).astype(a.dtype), rate, adapter.path, layer)
+    flat = dropout(view.flatten_input(x).astype(a.dtype), rate, adapter.path)
     return blocks.reduce(flat, a, adapter.strategy, adapter.spec.mixer)
 
 

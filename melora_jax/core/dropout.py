@@ -37,21 +37,26 @@ _trace_mark = jax.make_user_context(default_value=None)
 
 @dataclasses.dataclass
 class _Scope:
-    """An entered key, the trace it was entered in, how often each site has drawn, and the marks to take off again.
+    """An entered key and what is drawn from it.
 
-    Inside a scanned run of layers, `layer` is the layer's traced number and `layer_name` what stands for it in `draws`.
+    Attributes:
+      key: the key.
+      fits_traces: whether sites may draw while JAX traces: the key is an argument of what is traced, or what is traced
+        runs once.
+      trace: the trace in which the key, or the layer's number, was entered.
+      draws: how often each site has drawn.
+      marks: to leave with the scope.
+      layer: the traced number of the layer that runs, in a stack of layers that share their paths.
+      layer_name: stands for that number in `draws`.
     """
 
     key: jax.Array
+    fits_traces: bool
     trace: Any
     draws: Counter[str]
     marks: contextlib.ExitStack
     layer: jax.Array | None = None
     layer_name: str = ""
-
-    @property
-    def is_traced(self) -> bool:
-        return isinstance(self.key, Tracer)
 
 
 _scope: contextvars.ContextVar[_Scope | None] = contextvars.ContextVar("melora_dropout_key", default=None)
@@ -75,10 +80,10 @@ def dropout_key(key: jax.Array | None) -> Iterator[None]:
     with contextlib.ExitStack() as marks:
         scope = None
         if key is not None:
-            # Inside a trace, clone makes a tracer of a concrete key.
-            scope = _Scope(jax.random.clone(key), get_opaque_trace_state(), Counter(), marks)
-            # Outside of any trace one mark serves all keys, else an eager call would compile each operation anew.
-            marks.enter_context(_trace_mark(object() if scope.is_traced else "concrete key"))
+            is_traced = _is_traced(key)
+            scope = _Scope(key, is_traced, get_opaque_trace_state(), Counter(), marks)
+            # Outside of any trace one mark serves all keys; otherwise an eager call would recompile each operation.
+            marks.enter_context(_trace_mark(object() if is_traced else "concrete key"))
         else:
             marks.enter_context(_trace_mark(None))
         token = _scope.set(scope)
@@ -111,39 +116,59 @@ def adapter_rate(own: float) -> float | jax.Array:
 
 
 @contextlib.contextmanager
-def numbered_layer(number: jax.Array, name: str) -> Iterator[None]:
-    """Inside a scanned run of layers: dropout sites in the block take `number` for the "*" in their path.
+def scanned_layers() -> Iterator[None]:
+    """Around a `jax.lax.scan` over layers: a key entered outside of any trace serves inside the scan too.
 
-    They then draw the masks that they would draw if each layer were called by its own path.
+    The scan is traced for this one call. If the call itself is being traced for later ones, the key is still refused.
+    """
+    outer = _scope.get()
+    fits = outer is not None and (outer.fits_traces or not _is_traced(outer.key))
+    token = _scope.set(None if outer is None else dataclasses.replace(outer, fits_traces=fits))
+    try:
+        yield
+    finally:
+        _scope.reset(token)
+
+
+@contextlib.contextmanager
+def numbered_layer(number: jax.Array, name: str = "") -> Iterator[None]:
+    """Around one layer of a stack whose layers share their paths: sites inside fold its number into their keys.
+
+    If a site's path has "*" for the number, its mask is the one that the layer draws outside of a stack, where its path
+    has the number itself.
 
     Args:
-      number: the layer's number, an int32 scalar, traced.
-      name: tells the layers of the scanned block apart, such as the number of the first that it stands for.
+      number: the layer's number, an integer scalar, usually traced.
+      name: distinguishes the layers that one trace runs, such as the number of the first that each stands for.
     """
     outer = _scope.get()
     if outer is None:
         yield
         return
     with contextlib.ExitStack() as marks:
-        # Inside the scan's trace, clone makes a tracer of a key that was entered outside.
-        key = jax.random.clone(outer.key)
         marks.enter_context(_trace_mark(object()))
-        token = _scope.set(_Scope(key, get_opaque_trace_state(), outer.draws, marks, number, name))
+        inner = {"trace": get_opaque_trace_state(), "marks": marks, "layer": number, "layer_name": name}
+        token = _scope.set(dataclasses.replace(outer, **inner))
         try:
             yield
         finally:
             _scope.reset(token)
 
 
+def _is_traced(key: jax.Array) -> bool:
+    """Whether the key is traced, or would be if it were used here: cloning makes a tracer of it inside a trace."""
+    return isinstance(jax.random.clone(key), Tracer)
+
+
 def key_for_site(path: str) -> jax.Array | None:
     """The key of the next draw at `path`, or `None` in evaluation.
 
-    The digits in a path are folded in one by one after crc32 of the rest, so a scanned run of layers, which
-    knows its layer's number only as a traced value, derives the same keys (see `numbered_layer`). A site that is
-    called again in one pass (a shared layer) gets a fresh key.
+    It folds into the entered key, in this order: crc32 of the path with "*" for its numbers; the numbers; how often the
+    site has drawn before in this pass (a shared layer is called twice), if it has; and the number of the layer in force
+    (see `numbered_layer`), unless a "*" in the path has taken it.
 
     Raises:
-      ValueError: a function is traced here for later calls too, and the key was entered around it.
+      ValueError: a function is being traced here for later calls too, and the key was entered around it.
     """
     scope = _scope.get()
     if scope is None:
@@ -151,7 +176,7 @@ def key_for_site(path: str) -> jax.Array | None:
     parts = path.split("/")
     template = "/".join("*" if part.isdigit() else part for part in parts)
     key = jax.random.fold_in(scope.key, zlib.crc32(template.encode()))
-    if isinstance(key, Tracer) and not scope.is_traced:
+    if isinstance(key, Tracer) and not scope.fits_traces:
         raise ValueError(
             f"dropout at {path or 'a layer'}: the key was entered around a jitted, rematerialised or scanned function, "
             "which would keep this one mask for ever; jit a function that takes the key and enters dropout_key(key)"
@@ -166,17 +191,17 @@ def key_for_site(path: str) -> jax.Array | None:
     name = path.replace("*", scope.layer_name)
     repeat = scope.draws[name]
     scope.draws[name] += 1
-    return jax.random.fold_in(key, repeat) if repeat else key
+    key = jax.random.fold_in(key, repeat) if repeat else key
+    return key if scope.layer is None or "*" in parts else jax.random.fold_in(key, scope.layer)
 
 
-def dropout(x: jax.Array, rate: float | jax.Array, path: str, layer: jax.Array | None = None) -> jax.Array:
+def dropout(x: jax.Array, rate: float | jax.Array, path: str) -> jax.Array:
     """Zeroes entries of `x` with probability `rate` and scales the rest by `1 / (1 - rate)`.
 
     Args:
       x: array of any shape and floating dtype.
       rate: probability in [0, 1), rounded to a multiple of 1/65536 (in the scale too); it may be traced.
       path: the site's path in the model; it names the site's random stream.
-      layer: the layer's number in a stack of layers that has one path; it may be traced.
 
     Returns:
       An array of the shape and dtype of `x`; `x` itself when `rate` is 0 or no `dropout_key` is entered.
@@ -185,18 +210,15 @@ def dropout(x: jax.Array, rate: float | jax.Array, path: str, layer: jax.Array |
     >>> dropout(jnp.ones(3), 0.5, "encoder/layer/0").tolist()
     [1.0, 1.0, 1.0]
     """
-    keep = keep_mask(x.shape, rate, path, layer)
+    keep = keep_mask(x.shape, rate, path)
     return x if keep is None else drop(x, keep, rate)
 
 
-def keep_mask(
-    shape: tuple[int, ...], rate: float | jax.Array, path: str, layer: jax.Array | None = None
-) -> jax.Array | None:
+def keep_mask(shape: tuple[int, ...], rate: float | jax.Array, path: str) -> jax.Array | None:
     """Which entries of an array of `shape` dropout keeps at the site `path`, bool; None where it drops nothing."""
     key = None if not isinstance(rate, jax.Array) and rate == 0.0 else key_for_site(path)
     if key is None:
         return None
-    key = key if layer is None else jax.random.fold_in(key, layer)
     return _random_levels(key, shape) >= _dropped_levels(rate)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from melora_jax.config import AdapterSpec, Strategy
 from melora_jax.core.adapter_update import attend_update, merged_kernel, update_of
 from melora_jax.core.blocks import init_factors, start_key
 from melora_jax.core.dense_view import unadaptable, view_at_call
+from melora_jax.core.dropout import numbered_layer
 from melora_jax.linen.trace import Layer
 from melora_jax.linen.tree import Flat, Path, parts
 
@@ -75,5 +77,6 @@ class LinenSite:
             return attend_update(self, view, x, y, a, b)
         if equation is not None and self.layer.equation is not None:
             view = view_at_call(equation, self.layer.equation, self.layer.kernel_shape, self.path)
-        number = factors["number"].reshape(()) if "number" in factors else None
-        return update_of(self, view, x, y, a, b, number)
+        in_stack = numbered_layer(factors["number"].reshape(())) if "number" in factors else contextlib.nullcontext()
+        with in_stack:
+            return update_of(self, view, x, y, a, b)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from melora_jax.core.dropout import numbered_layer
+from melora_jax.core.dropout import numbered_layer, scanned_layers
 from melora_jax.nn.tree import path_of, rewrite, walk
 
 # What a layer does: (layer, x, its number, its path, its entry of the cache) -> (x, that entry again)
@@ -60,7 +60,8 @@ class LayerRun(nnx.Module):
             return x, kept
 
         starts = jnp.arange(self.repeats) * size + self.first
-        return jax.lax.scan(repeat, x, (starts, state, list(cached)))
+        with scanned_layers():
+            return jax.lax.scan(repeat, x, (starts, state, list(cached)))
 
 
 class Layers(nnx.List):

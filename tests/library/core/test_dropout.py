@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import zlib
@@ -14,7 +15,7 @@ import pytest
 from flax import nnx
 
 import melora_jax as mj
-from melora_jax.core.dropout import _random_levels, dropout, key_for_site
+from melora_jax.core.dropout import _random_levels, dropout, key_for_site, numbered_layer
 
 KEY = jax.random.key(7)
 
@@ -103,6 +104,17 @@ def test_a_scanned_stack_can_derive_its_layers_keys_from_traced_numbers() -> Non
     with mj.dropout_key(KEY):
         keys: list[Any] = [key_for_site(f"layer/{k}/self") for k in (0, 3, 11)]
     np.testing.assert_array_equal(np.stack([jax.random.key_data(key) for key in keys]), stacked(jnp.array([0, 3, 11])))
+
+
+def test_a_numbered_layer_takes_its_place_in_the_path_or_the_last_place() -> None:
+    def key(path: str, number: int | None = None) -> Any:
+        with mj.dropout_key(KEY), numbered_layer(jnp.int32(number)) if number else contextlib.nullcontext():
+            found: Any = key_for_site(path)
+            return jax.random.key_data(found)
+
+    np.testing.assert_array_equal(key("layer/*/self", 3), key("layer/3/self"))
+    shared = jax.random.fold_in(jax.random.wrap_key_data(key("layer/self")), 3)
+    np.testing.assert_array_equal(key("layer/self", 3), jax.random.key_data(shared))
 
 
 def test_without_a_key_or_a_rate_nothing_is_done() -> None:

@@ -107,6 +107,15 @@ def test_an_encoder_computes_the_same_and_draws_the_same_masks_twice_in_one_pass
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
 
+def test_a_key_entered_around_a_jitted_stack_is_refused() -> None:
+    model = adapted(decoder("llama"))
+    mj.stack_layers(model)
+    graphdef, state = nnx.split(model)
+    run = jax.jit(lambda state, ids: nnx.merge(graphdef, state, copy=True)(ids))
+    with pytest.raises(ValueError, match="the key was entered around a jitted"), mj.dropout_key(KEY):
+        run(state, token_ids())
+
+
 def test_runs_break_where_layers_differ() -> None:
     model = adapted(decoder("llama"), layers=[0, 1, 3], rank_pattern={"layers/1/self_attn/q_proj": 2})
     assert str(mj.stack_layers(model)) == "5 layers in 0 scanned run(s): none; alone: 0, 1, 2, 3, 4"
