@@ -1,16 +1,16 @@
 """Populations: many runs of one model in one jitted step, their adapters and heads vmapped over one frozen base.
 
-Members may differ in start, in the key of their dropout, in what the optimizer is made of (learning rates, weight
-decay), in alpha and in the rate of the adapters' dropout. A product with a frozen kernel is one product over the rows
-of all members, and those of the adapters are batched::
+Members may differ in their initial values, dropout key, optimizer settings (learning rates, weight decay), alpha and
+adapter dropout rate. A product with a frozen kernel is one product over the rows of all members, and the adapters'
+products are batched::
 
     members = make_members(keys, optim={"rate": rates}, alpha=factors, dropout=rates)
     state, frozen = population_state(models, make_tx, members)
     step = make_population_step(model, make_tx, loss)
     state, metrics = step(state, frozen, batch, members)          # metrics [m]
-    lone = member_state(state, 3)                              # the state of one member's lone run
+    lone = member_state(state, 3)                                 # as if member 3 had run alone
 
-What sets shapes or code (n, r, mixer, targets, the optimizer's kind) is the same for all.
+Everything that determines shapes or code (n, r, mixer, targets, the kind of optimizer) is the same for all members.
 """
 
 from __future__ import annotations
@@ -41,13 +41,16 @@ Optimizer = optax.GradientTransformation | Callable[[Any], optax.GradientTransfo
 
 
 class Members(NamedTuple):
-    """What the members of a population differ in; `make_members` makes it.
+    """What the members of a population differ in. Use `make_members` to create it.
 
     Attributes:
-      key: of each member's dropout, as `make_train_step` takes one, [m].
-      optim: what each member's optimizer is made of, a tree of [m] arrays; None where one serves all.
-      alpha: each member's alpha over that of the model, [m]; None where all have the model's.
-      dropout: each member's rate of the adapters' dropout, [m]; None where all have the model's.
+      key: each member's PRNG key, `[m]`, as `make_train_step` takes one.
+      optim: each member's optimizer settings, a tree of float32 `[m]` arrays; None if all share one optimizer.
+      alpha: each member's alpha divided by the model's, float32 `[m]`; None if all have the model's alpha.
+      dropout: each member's rate of adapter dropout, float32 `[m]`; None if all have the model's rate.
+
+    >>> Members(jax.random.split(jax.random.key(0), 3)).key.shape
+    (3,)
     """
 
     key: jax.Array
@@ -66,14 +69,14 @@ def make_members(
     """`Members` from Python numbers.
 
     Args:
-      keys: a PRNG key each.
-      optim: a tree of sequences, one number a member each, such as `{"rate": [1e-3, 2e-3]}`.
-      alpha: each member's alpha over the alpha that the model was adapted with. The update is linear in it, so B is
-        multiplied by it wherever the model runs: exact for a power of two, else to a rounding.
-      dropout: each member's rate, rounded to a multiple of 1/65536 as everywhere.
+      keys: one PRNG key per member.
+      optim: a tree of sequences with one number per member, such as `{"rate": [1e-3, 2e-3]}`.
+      alpha: each member's alpha divided by the alpha that the model was adapted with, above 0. B is multiplied by it
+        when the model runs, which is exact for powers of two and rounds otherwise.
+      dropout: each member's rate, at least 0 and below 1, rounded to a multiple of 1/65536.
 
     Raises:
-      ValueError: no members, other than one value a member, or a value out of range.
+      ValueError: there are no members, a sequence does not have one value per member, or a value is out of range.
 
     >>> members = make_members(jax.random.split(jax.random.key(0), 2), optim={"rate": [1e-3, 2e-3]}, dropout=[0.0, 0.5])
     >>> members.key.shape, members.dropout.tolist()
@@ -100,20 +103,28 @@ def make_members(
 
 
 def population_state(models: Iterable[nnx.Module], tx: Optimizer, members: Members) -> tuple[TrainState, nnx.State]:
-    """The start of training a population: (state, frozen).
+    """The initial state of a population and its frozen base.
 
     Args:
-      models: one adapted model a member, in order, whose factors and head are that member's start. The first one's base
-        serves all; of the others, which may be made one after another, only the trainables are kept.
+      models: one adapted model per member, in order, with that member's initial adapters and head. The first model's
+        base serves all. Of the other models only the trained part is kept, so an iterator need not hold them all.
       tx: as for `make_population_step`.
-      members: of the population.
+      members: the members.
 
     Returns:
-      A `TrainState` whose arrays, but for `step`, have a leading axis of members; and the frozen state, which has none.
+      `(state, frozen)`: a `TrainState` whose arrays have a leading axis of members, except for `step`; and the frozen
+      state, which has none.
 
     Raises:
-      ValueError: other than one model a member; models that differ in the shape of what is trained or in the base; or a
-        model on a mesh.
+      ValueError: the number of models is not the number of members, the models' trained shapes or bases differ, or a
+        model lies on a mesh.
+
+    >>> from melora_jax.adapters.melora import MELoRADense
+    >>> models = [MELoRADense(4, 6, n=2, rngs=nnx.Rngs(params=0)) for _ in range(3)]
+    >>> members = make_members(jax.random.split(jax.random.key(0), 3))
+    >>> state, frozen = population_state(models, optax.sgd(0.1), members)
+    >>> state.trainable["a"].shape, frozen["base"]["kernel"].shape
+    ((3, 2, 2, 1), (4, 6))
     """
     frozen, starts, whole = nnx.State({}), [], None
     for number, model in enumerate(models):
@@ -143,24 +154,25 @@ def make_population_step(
 ) -> jax.stages.Wrapped:
     """The jitted step of a whole population, `(state, frozen, batch, members) -> (state, metrics)`. It donates `state`.
 
-    Each member makes the step that `make_train_step` would make of it alone, to rounding; its dropout masks are the
-    same bit for bit.
+    Each member takes the step that `make_train_step` would take of it alone, up to rounding, with bit-identical dropout
+    masks.
 
     Args:
-      model: gives the structure (see `make_train_step`); its alpha and dropout hold where `members` names none.
-      tx: the optimizer of all, or a function that makes a member's from its part of `members.optim` (scalars, traced).
+      model: gives the structure (see `make_train_step`), and alpha and dropout unless `members` sets them.
+      tx: one optimizer for all, or a function that makes a member's optimizer from its part of `members.optim` (traced
+        scalars).
       loss: as for `make_train_step`.
-      streams: "shared", all members see the same batch; or "own", the batch's arrays have a leading axis of members.
-      accumulate: as for `make_train_step`, of each member's batch.
-      at_once: members whose activations are in memory at a time, one group of them after another in the same step; None
-        is all.
-
-    Raises:
-      ValueError: an unknown `streams`; `at_once` below 1; `accumulate` as for `make_train_step`; a model on a mesh, or
-        one that was adapted with strategy "merged".
+      streams: "shared": all members see the same batch; "own": the batch's arrays have a leading axis of members.
+      accumulate: as for `make_train_step`, for each member's batch.
+      at_once: the number of members whose activations are in memory at a time; groups of them run one after another
+        within the step. None runs all at once.
 
     Returns:
-      The step. Metrics are those of `make_train_step`, [m] arrays.
+      The step. Its metrics are those of `make_train_step`, as float32 `[m]` arrays.
+
+    Raises:
+      ValueError: `streams` is unknown, `at_once` is below 1, `accumulate` as for `make_train_step`, the model lies on a
+        mesh, or it was adapted with strategy "merged".
 
     >>> from melora_jax.adapters.melora import MELoRADense
     >>> def loss(model, x):
@@ -205,12 +217,21 @@ def make_population_step(
 def make_population_eval(
     model: nnx.Module, evaluate: Callable[[Any, Batch], Any], *, at_once: int | None = None
 ) -> jax.stages.Wrapped:
-    """The jitted `(state, frozen, batch, members) -> evaluate(model, batch)` of each member, leaves [m, ...].
+    """The jitted evaluation `(state, frozen, batch, members) -> evaluate(model, batch)`, with leaves `[m, ...]`.
 
     Args:
       model: gives the structure.
-      evaluate: any function of a model and a batch, which all members see; traced without dropout.
+      evaluate: any function of a model and a batch that returns arrays; it is traced without dropout. All members see
+        the same batch.
       at_once: as for `make_population_step`.
+
+    >>> from melora_jax.adapters.melora import MELoRADense
+    >>> models = [MELoRADense(4, 6, n=2, rngs=nnx.Rngs(params=0)) for _ in range(3)]
+    >>> members = make_members(jax.random.split(jax.random.key(0), 3))
+    >>> state, frozen = population_state(models, optax.sgd(0.1), members)
+    >>> evaluate = make_population_eval(models[0], lambda model, x: model(x))
+    >>> evaluate(state, frozen, jnp.ones((5, 4)), members).shape
+    (3, 5, 6)
     """
     graphdef = nnx.split(model, nnx.Param, FrozenParam, ...)[0]
 
@@ -224,15 +245,22 @@ def make_population_eval(
 
 
 def member_state(state: TrainState, number: int) -> TrainState:
-    """The state of one member's lone run, copied out of the population's.
+    """A copy of one member's state, as its run alone would have it.
 
-    Its factors go with that member's own alpha: put them into a model that was adapted with it.
+    The factors belong to that member's alpha: put them into a model that was adapted with that alpha.
+
+    >>> from melora_jax.adapters.melora import MELoRADense
+    >>> models = [MELoRADense(4, 6, n=2, rngs=nnx.Rngs(params=0)) for _ in range(3)]
+    >>> members = make_members(jax.random.split(jax.random.key(0), 3))
+    >>> state, _ = population_state(models, optax.sgd(0.1), members)
+    >>> member_state(state, 2).trainable["a"].shape
+    (2, 2, 1)
     """
     return TrainState(jnp.copy(state.step), *jax.tree.map(lambda x: x[number], tuple(state)[1:]))
 
 
 def _over_members(one: Callable[..., Any], streams: Streams, at_once: int | None) -> Callable[..., Any]:
-    """`one(state, frozen, batch, member)` of every member, vmapped, or scanned over groups that are vmapped."""
+    """`one(state, frozen, batch, member)` vmapped over all members, or over groups of them one after another."""
 
     def every(state: TrainState, frozen: nnx.State, batch: Batch, members: Members) -> Any:
         def call(own: tuple[Any, Batch, Members]) -> Any:
@@ -249,9 +277,9 @@ def _over_members(one: Callable[..., Any], streams: Streams, at_once: int | None
 
 @contextlib.contextmanager
 def _as(member: Members, model: nnx.Module) -> Iterator[None]:
-    """Inside, `model` has the member's alpha, for good, and the member's rate of dropout."""
+    """Gives `model` the member's alpha, permanently, and inside the block the member's dropout rate."""
     for layer in _merged_layers(model):
-        # W + ΔW would be one a member, and its product can't drop; beside the base's own product all members share W.
+        # Merged products would need W + ΔW for each member, and admit no dropout; otherwise all members share x·W.
         latents = layer.product.spec.n * max(layer.product.spec.r)
         layer.strategy = unmerged(layer.strategy, latents, platform())
     if member.alpha is not None:

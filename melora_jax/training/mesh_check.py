@@ -1,7 +1,7 @@
-"""Whether a mesh computes what one device does: a probe step of a small twin on both, before a run begins.
+"""Whether a mesh computes what one device does: before a run, a small twin of the model takes one step on both.
 
-XLA's partitioner has been seen to give wrong products without a word. What is compared here is the model's own
-layers, sizes and adapters, with fewer layers and a smaller vocabulary, on the mesh that the run will have.
+XLA's partitioner can silently compute wrong products. The twin has the model's own layer sizes and adapters, but fewer
+layers and a smaller vocabulary; it runs on the mesh that training will use.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from melora_jax.models.hub.placement import place_model
 from melora_jax.nn.sharding import AXES, DATA, FSDP, TENSOR, batch_sharding, put
 from melora_jax.nn.tree import path_of, rewrite, walk
 
-# Sums in another order differ by about 1e-6 of the largest entry in float32; a wrong product by about 1.
+# Of the largest entry. In float32, another order of summation changes about 1e-6 of it; a wrong product about all.
 TOLERANCE = 1e-3
 _TOKENS = 8
 _seen: contextvars.ContextVar[dict[str, jax.Array] | None] = contextvars.ContextVar("melora_guard", default=None)
@@ -45,10 +45,10 @@ def check_mesh(
     task: str = "sequence-classification",
     num_labels: int | None = None,
 ) -> None:
-    """Compares loss and gradients of a small twin of a model, adapters and all, on `mesh` with those on one device.
+    """Compares the loss and gradients of a small adapted twin of a model on `mesh` with those on one device.
 
-    The twin has the checkpoint's configuration, but as few layers as show each of their types, a small vocabulary and
-    random float32 weights; nothing of the checkpoint but its configuration is read.
+    The twin has the checkpoint's configuration with the fewest layers that include each layer type, a small vocabulary
+    and random float32 weights. Only the checkpoint's configuration is read.
 
     Args:
       path_or_id, task, num_labels: as for `from_pretrained`.
@@ -56,7 +56,15 @@ def check_mesh(
       mesh: from `make_mesh`.
 
     Raises:
-      ValueError: the two differ by more than rounding; the message names the first layer that does.
+      ValueError: the two differ by more than rounding; the message names the first layer whose output does.
+
+    >>> import json, tempfile
+    >>> from melora_jax.nn.sharding import make_mesh
+    >>> sizes = dict(vocab_size=12, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=4,
+    ...              max_position_embeddings=16)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "config.json").write_text(json.dumps({"model_type": "bert", **sizes}))
+    ...     check_mesh(folder, MELoRAConfig(n=2, targets=["query"]), make_mesh(data=-1))
     """
     values, where = config_of(checkpoint_source(path_or_id))
     full = nnx.eval_shape(lambda: model_from_config(values, task=task, num_labels=num_labels, where=where))
@@ -72,7 +80,7 @@ def check_mesh(
 
 
 def _small(values: Mapping[str, Any], where: str, mesh: Mesh) -> dict[str, Any]:
-    """The configuration with few layers and a small vocabulary, which `tensor` divides if it divides the real one."""
+    """The configuration with few layers and a small vocabulary; `tensor` divides it if it divides the real one."""
     sizes = sizes_of(values, where)
     small = dict(values)
     tensor = mesh.shape[TENSOR]
@@ -86,7 +94,7 @@ def _small(values: Mapping[str, Any], where: str, mesh: Mesh) -> dict[str, Any]:
 
 
 def _twin_config(config: MELoRAConfig, full: nnx.Module, twin: nnx.Module) -> MELoRAConfig:
-    """The adapters that `full` would get, for a twin with fewer layers: those of any layer go to each."""
+    """A config that gives each layer of the twin the adapters of the layers of its kind in `full`."""
     specs = {_template(site.path): site.spec for site in plan_sites(full, config).sites.values()}
     sites = {path_of(path): node for path, node in walk(twin) if isinstance(node, nnx.Module)}
     found = {re.escape(path): specs[_template(path)] for path in sites if _template(path) in specs}
@@ -106,7 +114,7 @@ def _template(path: str) -> str:
 
 
 def _stir(model: nnx.Module) -> None:
-    """Factors that are not zero, the same in every twin."""
+    """Makes all factors nonzero, equally in every twin."""
     rng = np.random.default_rng(1)
     for _, variable in nnx.to_flat_state(nnx.state(model, MELoRAParam)):
         drawn = 0.1 * rng.standard_normal(variable.shape).astype(np.float32)
@@ -115,16 +123,16 @@ def _stir(model: nnx.Module) -> None:
 
 
 def require_equal_on(mesh: Mesh, alone: nnx.Module, placed: nnx.Module, ids: np.ndarray) -> None:
-    """Compares two copies of a model, one of them on a mesh.
+    """Compares the losses and gradients of two copies of a model.
 
     Args:
-      mesh: the mesh.
-      alone: on one device.
-      placed: the same on the mesh.
-      ids: what both are called with, `[b, t]`.
+      mesh: the mesh that `placed` lies on.
+      alone: the copy on one device.
+      placed: the copy on the mesh.
+      ids: token ids for both, int32 `[b, t]`.
 
     Raises:
-      ValueError: loss or gradients differ by more than rounding.
+      ValueError: they differ by more than rounding.
     """
     found = _distances(_step(alone, ids, None), _step(placed, ids, mesh))
     worst = max(found, key=lambda path: found[path])
@@ -141,7 +149,7 @@ def require_equal_on(mesh: Mesh, alone: nnx.Module, placed: nnx.Module, ids: np.
 
 
 def _step(model: nnx.Module, ids: np.ndarray, mesh: Mesh | None) -> dict[str, np.ndarray]:
-    """Loss and gradients of a probe step, by path."""
+    """The loss and the gradients by path."""
     graphdef, trainable, rest = nnx.split(model, nnx.Param, ...)
 
     def loss(trainable: nnx.State, rest: nnx.State, ids: jax.Array) -> jax.Array:
@@ -191,7 +199,7 @@ def _is_dense(node: Any) -> bool:
 
 
 class _Tap(nnx.Module):
-    """A layer whose outputs are noted while `_outputs` traces."""
+    """A layer whose output `_outputs` records while it traces."""
 
     def __init__(self, layer: Any, path: str) -> None:
         self.layer = layer
@@ -206,7 +214,7 @@ class _Tap(nnx.Module):
 
 
 def _distances(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """The largest difference of each array, over its largest magnitude; that of NaN is infinite."""
+    """The largest difference of each array over its largest magnitude; infinite for NaN."""
     found = {}
     for path, value in one.items():
         distance = np.abs(np.float64(value) - other[path]).max(initial=0) / max(np.abs(value).max(initial=0), 1e-12)

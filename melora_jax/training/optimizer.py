@@ -1,7 +1,7 @@
-"""The optimizer by kind of parameter.
+"""The optimizer: one group of parameters for A, B, the trained part of the base, and the head.
 
-`make_optimizer` is an `optax.multi_transform` over the labels "a", "b", "base", "head" and "frozen". It is an ordinary
-optax transformation, so `nnx.Optimizer(model, tx, wrt=nnx.Param)` takes it too.
+`make_optimizer` returns an `optax.multi_transform` over the labels "a", "b", "base", "head" and "frozen". It is an
+ordinary optax transformation, so `nnx.Optimizer(model, tx, wrt=nnx.Param)` accepts it too.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ Label = Literal["a", "b", "base", "head", "frozen"]
 
 
 def labels_of(model: nnx.Module) -> Callable[[Any], Any]:
-    """A function from any tree of the model's variables to the same tree of labels.
+    """A function that maps any tree of the model's variables to a tree of their labels.
 
-    "b" are factors B, "a" all else of adapters, "base" is what is trained of the base, "head" every other `nnx.Param`,
-    "frozen" all the rest.
+    Factors B are labelled "b", an adapter's other parameters "a", trained parameters of the base "base", every other
+    `nnx.Param` "head", and the rest "frozen".
+
+    Raises:
+      ValueError: when it is called with a tree that has a variable of another model.
 
     >>> from melora_jax.adapters.melora import MELoRADense
     >>> layer = MELoRADense(4, 6, n=2, rngs=nnx.Rngs(0))
@@ -38,7 +41,8 @@ def labels_of(model: nnx.Module) -> Callable[[Any], Any]:
         name = path_of(path)
         if name not in known:
             raise ValueError(
-                f"{name} is no variable of the model that the optimizer was made for; call make_optimizer on this model"
+                f"{name} is not a variable of the model that the optimizer was made for; call make_optimizer on this "
+                "model"
             )
         return known[name]
 
@@ -66,20 +70,26 @@ def make_optimizer(
     clip_norm: float | None = None,
     rank_budget: RankBudget | None = None,
 ) -> optax.GradientTransformation:
-    """AdamW with one learning rate for A, B and the head each; the frozen base gets no update and no state.
+    """AdamW with separate learning rates for A, B and the head; the frozen base gets neither updates nor state.
 
     Args:
-      model: an adapted model; its variables' paths and types give the labels.
-      learning_rate: of A, of the base, and of what has none of its own; a number or an optax schedule.
-      head_learning_rate: of `modules_to_save` (the authors take half of `learning_rate`).
-      b_learning_rate: of B (LoRA+, arXiv 2402.12354, takes 16 times `learning_rate`).
-      weight_decay: decoupled, on everything trained (the authors: 0.01, torch's default).
+      model: an adapted model. The paths and types of its variables give the labels.
+      learning_rate: for A, for trained parameters of the base, and for B and the head unless they have their own; a
+        number or an optax schedule of the step.
+      head_learning_rate: for `modules_to_save`. MELoRA's authors use half of `learning_rate`.
+      b_learning_rate: for B. LoRA+ (arXiv 2402.12354) uses 16 times `learning_rate`.
+      weight_decay: decoupled, on everything that is trained. MELoRA's authors use 0.01, torch's default.
       b1, b2, eps: Adam's.
-      clip_norm: largest global norm of the trainables' gradients together; `None` does not clip.
-      rank_budget: how many latents AdaLoRA keeps; needed where the adapters are AdaLoRA's, to be what the paper says.
+      clip_norm: the largest global norm of all trained parameters' gradients; `None` does not clip.
+      rank_budget: how many latents AdaLoRA keeps. Without it, AdaLoRA layers keep their full rank.
 
     Returns:
       An optax transformation for the trainable tree, or for the model's whole tree.
+
+    Raises:
+      ValueError: `rank_budget` for a model without AdaLoRA layers, or with a target above their rank.
+
+    Source: AdamW (arXiv 1711.05101).
 
     >>> from melora_jax.adapters.melora import MELoRADense
     >>> layer = MELoRADense(4, 6, n=2, rngs=nnx.Rngs(0))
@@ -105,7 +115,7 @@ def make_optimizer(
         update = within_budget(model, update, rank_budget)
     if clip_norm is None:
         return update
-    # A whole-tree caller's frozen gradients are zeroed first, so that they do not count in the norm.
+    # If the caller passes the whole tree, the frozen part's gradients must not count in the norm.
     nothing: dict[Hashable, optax.GradientTransformation] = dict.fromkeys(trained, optax.identity())
     without_frozen = optax.multi_transform(nothing | {"frozen": optax.set_to_zero()}, labels)
     return optax.chain(without_frozen, optax.clip_by_global_norm(clip_norm), update)

@@ -1,12 +1,12 @@
-"""AdaLoRA's allocation of ranks, an optax transformation: it lives inside the jitted step, its state in a checkpoint.
+"""AdaLoRA's allocation of ranks, as an optax transformation whose state is part of the optimizer's.
 
-    sensitivity   I = |w·∂L/∂w|          of each entry of A, e and B
+    sensitivity   I = |w·∂L/∂w|          for each entry of A, e and B
     smoothed      Ī = β1·Ī + (1 - β1)·I,    Ū = β2·Ū + (1 - β2)·|I - Ī|
-    of a latent   S = Ī·Ū of e  +  mean over its column of A of Ī·Ū  +  mean over its row of B of Ī·Ū
+    score         S = Ī·Ū of e  +  mean of Ī·Ū over the column of A  +  mean of Ī·Ū over the row of B, for each latent
     budget        target + (start - target)·(1 - (t - tinit) / (total - tfinal - tinit))³
 
-Every `delta_t` steps, of all latents of the model those of the largest S that the budget allows stay; e of the others
-is set to zero, from where it may grow again, until step total - tfinal, whose choice is the last.
+Every `delta_t` steps, the latents of the whole model with the largest S are kept, as many as the budget allows, and e
+of the others is set to zero. A masked e may grow again until step total - tfinal, whose choice is final.
 
 Source: AdaLoRA (arXiv 2303.10512), section 3, in the form of PEFT's `RankAllocator`.
 """
@@ -37,14 +37,16 @@ class RankBudget:
     """How many latents AdaLoRA keeps, and when. The names are those of PEFT's `AdaLoraConfig`.
 
     Attributes:
-      target_r: mean rank of a mini at the end.
+      target_r: the mean rank of a mini-adapter at the end.
       total_step: optimizer steps of the whole training.
-      tinit, tfinal: steps at the start and at the end in which nothing new is masked.
-      delta_t: steps from one masking to the next (PEFT: deltaT).
-      beta1, beta2: decays of sensitivity and uncertainty.
+      tinit, tfinal: steps at the start and at the end in which the choice of latents does not change.
+      delta_t: steps from one choice to the next (PEFT: deltaT).
+      beta1, beta2: decay rates of sensitivity and uncertainty, above 0 and below 1.
 
     Raises:
-      ValueError: a value out of range, or no step between tinit and total_step - tfinal.
+      ValueError: a value is out of range, or no step lies between tinit and total_step - tfinal.
+
+    Source: AdaLoRA (arXiv 2303.10512), section 3.3.
 
     >>> RankBudget(target_r=2, total_step=10, tinit=2, tfinal=3).schedule(8, 4).tolist()
     [8, 8, 8, 6, 4, 4, 4, 4, 4, 4, 4]
@@ -75,11 +77,11 @@ class RankBudget:
 
     @property
     def last(self) -> int:
-        """The step whose choice of latents is the last."""
+        """The step at which the latents are chosen for the last time."""
         return self.total_step - self.tfinal
 
     def schedule(self, start: int, target: int) -> np.ndarray:
-        """How many latents the model may have after each step, 0 to total_step, int32."""
+        """How many latents the model may have after each step from 0 to `total_step`, int32."""
         steps = np.arange(self.total_step + 1)
         left = 1 - (steps - self.tinit) / (self.last - self.tinit)
         falling = ((start - target) * left**3 + target).astype(np.int32)
@@ -90,10 +92,10 @@ class RankState(NamedTuple):
     """The state of `within_budget`.
 
     Attributes:
-      inner: that of the optimizer inside.
-      step: finished steps, int32.
+      inner: the state of the wrapped optimizer.
+      step: the number of finished steps, int32.
       sensitivity, uncertainty: Ī and Ū by layer and factor.
-      kept: by layer, which latents the last choice kept.
+      kept: by layer, which latents the last choice kept, bool.
     """
 
     inner: optax.OptState
@@ -106,14 +108,14 @@ class RankState(NamedTuple):
 def within_budget(
     model: nnx.Module, tx: optax.GradientTransformation, budget: RankBudget
 ) -> optax.GradientTransformation:
-    """An optimizer that sets the entries of AdaLoRA's e to zero that matter least, after each update of `tx`.
+    """Wraps an optimizer: after each update of `tx`, the least important entries of AdaLoRA's e are set to zero.
 
-    Sensitivities are of the updated parameters and of the gradients that `tx` gets, as in PEFT.
+    As in PEFT, sensitivities use the updated parameters and the gradients that `tx` receives.
 
     Args:
       model: gives the paths of its AdaLoRA layers.
       tx: the optimizer.
-      budget: the budget; the steps count from 1, the first one that is done.
+      budget: the budget. Its steps count from 1.
 
     Raises:
       ValueError: the model has no AdaLoRA layer, or `target_r` is above its rank.
@@ -132,7 +134,7 @@ def within_budget(
 
     def init(params: Any) -> RankState:
         found = _arrays(params, sites)
-        zeros, more = (jax.tree.map(jnp.zeros_like, found) for _ in range(2))  # two, as a step may donate them
+        zeros, more = (jax.tree.map(jnp.zeros_like, found) for _ in range(2))  # distinct: a step may donate both
         kept = {path: jnp.ones(site["e"].shape, bool) for path, site in found.items()}
         return RankState(tx.init(params), jnp.zeros((), jnp.int32), zeros, more, kept)
 
@@ -141,7 +143,7 @@ def within_budget(
         step = state.step + 1
         after = _arrays(optax.apply_updates(params, updates), sites)
         fresh = jax.tree.map(lambda w, g: jnp.abs(w * g), after, _arrays(grads, sites))
-        counted = step < budget.last  # PEFT takes no more notice from the last choice on
+        counted = step < budget.last  # from the last choice on, PEFT leaves them as they are
         sensitivity, uncertainty = _smoothed(budget, fresh, state, counted)
         scores = {path: _scores(sensitivity[path], uncertainty[path]) for path in sites}
         chosen = _largest(scores, allowed[jnp.minimum(step, budget.total_step)])
@@ -155,7 +157,7 @@ def within_budget(
 
 
 def _sites_of(model: nnx.Module) -> dict[str, Any]:
-    """The AdaLoRA layers by path, a stack of them once."""
+    """The AdaLoRA layers by path; a stack of them is one entry."""
     found: dict[int, tuple[str, Any]] = {}
     for path, node in walk(model):
         if isinstance(node, AdaLoRADense):
@@ -176,7 +178,7 @@ def _arrays(tree: Any, sites: Any) -> dict[str, _Site]:
 
 
 def _smoothed(budget: RankBudget, fresh: Any, state: RankState, counted: Array) -> tuple[Any, Any]:
-    """Ī and Ū after a step; as they were where it is not counted."""
+    """Ī and Ū after a step; unchanged unless it is `counted`."""
 
     def mixed(beta: float, old: Array, new: Array) -> Array:
         return jnp.where(counted, beta * old + (1 - beta) * new, old)
@@ -194,7 +196,7 @@ def _scores(sensitivity: _Site, uncertainty: _Site) -> Float[Array, "*stack n r"
 
 
 def _largest(scores: dict[str, Array], allowed: Array) -> dict[str, Array]:
-    """Which latents are above the score that as many of all as the budget leaves out do not exceed."""
+    """Which latents of the whole model the budget keeps: those whose score exceeds the largest one it drops."""
     ranked = jnp.sort(jnp.concatenate([score.ravel() for score in scores.values()]))
     out = ranked.size - allowed
     threshold = jnp.where(out > 0, ranked[jnp.maximum(out, 1) - 1], -jnp.inf)
@@ -202,7 +204,7 @@ def _largest(scores: dict[str, Array], allowed: Array) -> dict[str, Array]:
 
 
 def _masked(updates: Any, params: Any, out: dict[str, Array]) -> Any:
-    """Updates that bring the entries of e that are out to zero."""
+    """The updates, with those of masked entries of e replaced by ones that make them zero."""
 
     def one(keypath: Any, update: Array, parameter: Array) -> Array:
         site, _, name = path_of(keypath).rpartition("/")

@@ -1,6 +1,6 @@
-"""The training state and the jitted step that changes it, on one device or a mesh.
+"""The training state and the jitted step that updates it, on one device or on a mesh.
 
-`abstract_train_state` is the same start with shapes in place of arrays, for a model and a mesh that need not exist.
+`abstract_train_state` describes the initial state by shapes, for models and meshes that need not exist.
 """
 
 from __future__ import annotations
@@ -28,13 +28,19 @@ Metrics = dict[str, jax.Array]
 
 
 class TrainState(NamedTuple):
-    """What a training step changes.
+    """Everything that a training step changes.
 
     Attributes:
-      step: number of finished steps, int32.
-      trainable: factors and head, the state of `nnx.Param`.
-      opt_state: optimizer state, for the trainables alone.
-      host: the host model's own mutable state (BatchNorm statistics, its own random streams).
+      step: the number of finished steps, an int32 scalar.
+      trainable: adapters and head, the model's `nnx.Param` state, usually float32.
+      opt_state: the optimizer's state, for `trainable` only.
+      host: the model's own mutable state, such as BatchNorm statistics and random streams.
+
+    >>> from melora_jax.adapters.melora import MELoRADense
+    >>> layer = MELoRADense(4, 6, n=2, rngs=nnx.Rngs(0))
+    >>> state, _ = train_state(layer, optax.sgd(0.1))
+    >>> int(state.step), sorted(state.trainable)
+    (0, ['a', 'b'])
     """
 
     step: jax.Array
@@ -44,10 +50,23 @@ class TrainState(NamedTuple):
 
 
 def train_state(model: nnx.Module, tx: optax.GradientTransformation) -> tuple[TrainState, nnx.State]:
-    """The start of training: (state, frozen), on the mesh that the model lies on.
+    """The initial training state and the frozen base, on the mesh that the model lies on.
 
-    The state holds the model's own arrays, which a donating step deletes: `nnx.update(model, state.trainable,
-    state.host)` puts the new ones into the model before it is evaluated, saved or exported.
+    The state holds the model's own arrays, and the step donates them. Before you evaluate, save or export the model,
+    put the new arrays into it: `nnx.update(model, state.trainable, state.host)`.
+
+    Args:
+      model: an adapted model.
+      tx: the optimizer, from `make_optimizer` or any other of optax.
+
+    Returns:
+      `(state, frozen)`: the `TrainState`, and the `FrozenParam` state that the step reads.
+
+    >>> from melora_jax.adapters.melora import MELoRADense
+    >>> layer = MELoRADense(4, 6, n=2, rngs=nnx.Rngs(0))
+    >>> _, frozen = train_state(layer, optax.sgd(0.1))
+    >>> frozen["base"]["kernel"].shape
+    (4, 6)
     """
     _, trainable, frozen, host = nnx.split(model, nnx.Param, FrozenParam, ...)
     step, mesh = jnp.zeros((), jnp.int32), mesh_of_tree(trainable)
@@ -61,16 +80,19 @@ def train_state(model: nnx.Module, tx: optax.GradientTransformation) -> tuple[Tr
 def abstract_train_state(
     model: Any, tx: optax.GradientTransformation, mesh: Mesh | AbstractMesh | None = None
 ) -> tuple[TrainState, nnx.State]:
-    """`train_state` of an abstract model: (state, frozen) of `jax.ShapeDtypeStruct`.
+    """What `train_state` would return for an abstract model, with `jax.ShapeDtypeStruct` in place of arrays.
 
     Args:
-      model: from `abstract_model`, adapted or not (`nnx.eval_shape` runs `adapt` on it).
+      model: from `abstract_model`, adapted or not (call `adapt` inside `nnx.eval_shape`).
       tx: the optimizer, from `make_optimizer`.
-      mesh: of axes data, fsdp and tensor; each shape then has the sharding that its array would have, from the one
-        table of rules. An abstract mesh will do: `leaf.sharding.shard_shape(leaf.shape)` is what a device holds.
+      mesh: a mesh, or an abstract mesh, with axes data, fsdp and tensor. Each shape then has the sharding that its
+        array would have; `leaf.sharding.shard_shape(leaf.shape)` is the part that one device holds.
+
+    Returns:
+      `(state, frozen)`, as `train_state` returns them.
 
     Raises:
-      ValueError: no rule covers a variable.
+      ValueError: no sharding rule covers a variable, or an adapter runs on one device only.
 
     >>> import json, tempfile
     >>> from pathlib import Path
@@ -113,21 +135,31 @@ def make_train_step(
     """The jitted training step `(state, frozen, batch, key) -> (state, metrics)`. It donates `state`.
 
     Args:
-      model: gives the structure; its arrays come in `state` and `frozen` (see `train_state`).
+      model: gives the structure; the arrays come in `state` and `frozen` (see `train_state`).
       tx: the optimizer.
       loss: `loss(model, batch)` returns the mean loss of a batch, a scalar, or (loss, dict of scalars). It is traced
-        with dropout on. A scalar named "weight" says how much the batch counts: with `accumulate`, micro-batches are
-        averaged by it, so that the step equals one over the whole batch however rows are padded.
-      accumulate: number of micro-batches that the leading axis of the batch is cut into.
-      mesh: the mesh that the model was loaded on. The batch's leading axes are then shared out over data and fsdp, and
-        everything that the step takes and returns keeps its place.
-
-    Raises:
-      ValueError: `accumulate` is below 1 or, at the call, does not divide the batch; or the model is not on `mesh`.
+        with dropout on. If the dict has a scalar "weight", `accumulate` averages micro-batches by it, so that the step
+        equals one over the whole batch however its rows are padded.
+      accumulate: the number of micro-batches into which the batch is split along its leading axis.
+      mesh: the mesh that the model was loaded on. The batch is then sharded over data and fsdp along its leading axis,
+        and every other input and output keeps its sharding.
 
     Returns:
-      The step. `key` is one key for the run: the step folds in its own number, so resuming needs no other random
-      state. Metrics are those of `loss`, "loss" and "grad_norm" (before clipping), float32 scalars.
+      The step. Its `batch` is a tree of arrays with the batch as leading axis. Its `key` is one PRNG key for the whole
+      run: the step folds in its own number, so that resuming needs no other random state. Metrics are float32 scalars:
+      "loss", "grad_norm" (before clipping) and those that `loss` returns.
+
+    Raises:
+      ValueError: `accumulate` is below 1 or, when the step is called, does not divide the batch; or the model does not
+        lie on `mesh`.
+
+    >>> from melora_jax.adapters.melora import MELoRADense
+    >>> layer, tx = MELoRADense(4, 6, n=2, rngs=nnx.Rngs(0)), optax.sgd(0.1)
+    >>> step = make_train_step(layer, tx, lambda layer, x: (layer(x) ** 2).mean())
+    >>> state, frozen = train_state(layer, tx)
+    >>> state, metrics = step(state, frozen, jnp.ones((8, 4)), jax.random.key(0))
+    >>> int(state.step), sorted(metrics)
+    (1, ['grad_norm', 'loss'])
     """
     check_count("accumulate", accumulate)
     graphdef = nnx.split(model, nnx.Param, FrozenParam, ...)[0]
@@ -138,7 +170,7 @@ def make_train_step(
 def step_of(
     graphdef: Any, tx: optax.GradientTransformation, loss: Loss, accumulate: int, mesh: Mesh | None
 ) -> Callable[[TrainState, nnx.State, Batch, jax.Array], tuple[TrainState, Metrics]]:
-    """The training step before it is jitted; arguments as for `make_train_step`, `graphdef` is the model's."""
+    """The training step before `jax.jit`. Arguments as for `make_train_step`; `graphdef` is the model's."""
 
     def loss_of(trainable: nnx.State, frozen: nnx.State, host: nnx.State, batch: Batch, key: jax.Array) -> Any:
         current = nnx.merge(graphdef, trainable, frozen, host, copy=True)
@@ -166,7 +198,7 @@ def step_of(
 
 
 def _step_shardings(model: nnx.Module, tx: optax.GradientTransformation, mesh: Mesh | None) -> dict[str, Any]:
-    """The step's `in_shardings` and `out_shardings` on a mesh."""
+    """The `in_shardings` and `out_shardings` of the step on a mesh."""
     if mesh is None:
         return {}
     _, trainable, frozen, host = nnx.split(model, nnx.Param, FrozenParam, ...)
@@ -179,7 +211,7 @@ def _step_shardings(model: nnx.Module, tx: optax.GradientTransformation, mesh: M
 
 
 def _accumulated(gradient: Any, count: int, state: TrainState, frozen: nnx.State, batch: Batch, key: jax.Array) -> Any:
-    """Gradients, metrics and host state of `count` micro-batches run one after another, averaged by weight."""
+    """Gradients and metrics of `count` micro-batches, averaged by weight, and the host state after the last one."""
     micro = jax.tree.map(lambda x: _cut(x, count), batch)
 
     def one(host: nnx.State, at: Any) -> Any:
@@ -191,7 +223,7 @@ def _accumulated(gradient: Any, count: int, state: TrainState, frozen: nnx.State
     total = weights.sum()
 
     def mean(x: jax.Array) -> jax.Array:
-        # A micro-batch of padding alone has no loss: a mean over nothing, which weight 0 does not make a number.
+        # A micro-batch of padding only has weight 0 and, as its mean is over nothing, a loss of NaN.
         counted = jnp.where(weights.reshape(-1, *[1] * (x.ndim - 1)) > 0, x, 0)
         return jnp.tensordot((weights / total).astype(x.dtype), counted, axes=1)
 
@@ -206,10 +238,10 @@ def _cut(x: jax.Array, count: int) -> jax.Array:
 
 
 def shardings_on(model: Any, mesh: Mesh | AbstractMesh) -> dict[str, NamedSharding]:
-    """Where each variable of a model, adapted or not, belongs on a mesh, by its path; a host's own state apart.
+    """The sharding of each variable of a model, adapted or not, by path.
 
     Raises:
-      ValueError: no rule covers a variable, or an adapter runs on one device alone.
+      ValueError: no sharding rule covers a variable, or an adapter runs on one device only.
     """
     specs: dict[str, PartitionSpec] = {}
     for path, layer in walk(model):

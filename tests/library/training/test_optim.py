@@ -78,7 +78,7 @@ def test_another_models_tree_is_refused() -> None:
     tx = mj.make_optimizer(tiny.adapted(), 1e-3)
     other = tiny.adapted(targets=["out"])
     with pytest.raises(
-        ValueError, match=r"^layer/0/out/a is no variable of the model that the optimizer was made for; "
+        ValueError, match=r"^layer/0/out/a is not a variable of the model that the optimizer was made for; "
     ):
         tx.init(nnx.state(other, nnx.Param))
 
