@@ -1,9 +1,13 @@
-"""Adapters for kernels that no Flax module holds: Haiku, Equinox, or plain JAX with a dict of arrays.
+"""Adapters for plain arrays: Haiku, Equinox, or JAX with a dict of kernels::
 
-kernels = {"layer_0/query": W, ...}                     # [d_in, d_out] each, under names of your own
-adapters = raw.init(kernels, config, key)               # the tree to train, by jax.grad and optax
-y = x @ W + raw.apply(x, adapters["layer_0/query"])     # in your forward pass
-kernels = raw.merge(kernels, adapters)
+    from melora_jax import functional
+
+    kernels = {"layer_0/query": W, ...}                           # each [d_in, d_out], under names of your choice
+    adapters = functional.init(kernels, config, key)              # the tree to train with jax.grad and optax
+    y = x @ W + functional.apply(x, adapters["layer_0/query"])    # in your forward pass
+    kernels = functional.merge(kernels, adapters)
+
+Imports `core` and below.
 """
 
 from __future__ import annotations
@@ -29,7 +33,18 @@ from melora_jax.validation import check_sizes
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """The adapter of one kernel, a pytree whose leaves are the factors: a `[n i r]` and b `[n r o]`, float32."""
+    """The adapter of one kernel, a pytree whose leaves are its factors.
+
+    Attributes:
+      a, b: float32 `[n i r]` and `[n r o]`, with i = d_in/n and o = d_out/n.
+      path: the kernel's name, which also selects the stream of dropout masks.
+      spec: the adapter's settings at this path.
+      strategy: how its products are computed.
+
+    >>> adapters = init({"query": jnp.ones((6, 4))}, MELoRAConfig(n=2, targets=["query"]), jax.random.key(0))
+    >>> jax.tree.map(jnp.shape, adapters["query"]).b
+    (2, 1, 2)
+    """
 
     a: Array
     b: Array
@@ -39,21 +54,24 @@ class Adapter:
 
     @property
     def view(self) -> DenseView:
-        """How the kernel lies flat: as it is."""
+        """The view of the kernel, which is flat already."""
         return view_of_general((self.a.shape[0] * self.a.shape[1],), (self.b.shape[0] * self.b.shape[2],), (-1,))
 
 
 def init(kernels: Mapping[str, Any], config: MELoRAConfig, key: Array) -> dict[str, Adapter]:
-    """An adapter for each kernel whose name `config` targets; `"all-linear"` is all of two axes.
+    """Creates an adapter for each kernel whose name `config` targets; `"all-linear"` targets all with two axes.
 
     Args:
-      kernels: `[d_in, d_out]` arrays, or anything with a `shape`, by path with "/" (or another name).
-      config: what to adapt. `modules_to_save` must be empty: what is trained whole is the caller's.
-      key: source of the start values. An adapter folds in its path.
+      kernels: by name, such as a path with "/", arrays `[d_in, d_out]` or anything with a `shape`.
+      config: what to adapt. `modules_to_save` must be empty: train other arrays beside the adapters yourself.
+      key: a PRNG key for the initial values, into which each adapter folds its name.
+
+    Returns:
+      The adapters by name, with float32 factors.
 
     Raises:
-      ValueError: a target, override or exclusion matches nothing, a kernel has not two axes, n does not divide it,
-        `modules_to_save` is not empty, or `config` trains the base's own parameters.
+      ValueError: a target, override or exclusion matches nothing, a targeted kernel does not have two axes or sizes
+        that n divides, `modules_to_save` is not empty, or `config` trains parameters of the base.
 
     >>> kernels = {"query": jnp.ones((6, 4)), "bias": jnp.ones(4)}
     >>> adapters = init(kernels, MELoRAConfig(n=2, r=3, targets=["query"]), jax.random.key(0))
@@ -92,20 +110,41 @@ def _adapter(path: str, shape: tuple[int, int], spec: AdapterSpec, key: Array) -
 
 
 def apply(x: Float[Array, "... d_in"], adapter: Adapter) -> Float[Array, "... d_out"]:
-    """x·ΔW in the dtype of `x`, to be added to x·W; with dropout inside of `melora_jax.dropout_key`."""
+    """x·ΔW in the dtype of `x`, to be added to x·W. Dropout acts inside `melora_jax.dropout_key`.
+
+    Source: MELoRA (arXiv 2402.17263), equation 3.
+
+    >>> adapters = init({"query": jnp.ones((6, 4))}, MELoRAConfig(n=2, targets=["query"]), jax.random.key(0))
+    >>> apply(jnp.ones((5, 6), jnp.bfloat16), adapters["query"]).dtype.name
+    'bfloat16'
+    """
     return update_of(adapter, adapter.view, x, x, adapter.a, adapter.b)
 
 
 def delta(adapter: Adapter) -> Float[Array, "d_in d_out"]:
-    """ΔW, float32."""
+    """ΔW `[d_in, d_out]`, float32.
+
+    >>> adapters = init({"query": jnp.ones((6, 4))}, MELoRAConfig(n=2, targets=["query"]), jax.random.key(0))
+    >>> delta(adapters["query"]).shape
+    (6, 4)
+    """
     return blocks.delta(adapter.a, adapter.b, blocks.scale_of(adapter.spec), adapter.spec.mixer)
 
 
 def merge(kernels: Mapping[str, Array], adapters: Mapping[str, Adapter]) -> dict[str, Array]:
-    """The kernels with W + ΔW in place of each adapted one, summed in float32 and rounded to its dtype.
+    """The kernels with W + ΔW in place of each adapted W, summed in float32 and rounded to the kernel's dtype.
+
+    Args:
+      kernels: as for `init`.
+      adapters: from `init`.
 
     Raises:
-      ValueError: an adapter without its kernel, or of another shape.
+      ValueError: an adapter's kernel is missing or has another shape.
+
+    >>> kernels = {"query": jnp.ones((6, 4), jnp.bfloat16)}
+    >>> adapters = init(kernels, MELoRAConfig(n=2, targets=["query"]), jax.random.key(0))
+    >>> merge(kernels, adapters)["query"].dtype.name
+    'bfloat16'
     """
     merged = dict(kernels)
     for path, adapter in adapters.items():

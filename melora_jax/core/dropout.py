@@ -1,12 +1,12 @@
 """Dropout without random state in the model.
 
-A key is entered around a forward pass and read while it is traced; each dropout site derives its own key from
-its path. So a model holds no random state, and a training step repeats exactly from `(key, step)` alone::
+You enter a key around a forward pass; each dropout site derives its own key from it and from the site's path. So the
+model holds no random state, and a training step is reproducible from `(key, step)`::
 
     with mj.dropout_key(jax.random.fold_in(key, step)):
         logits = model(input_ids, attention_mask)      # training: masks are drawn
 
-    logits = model(input_ids, attention_mask)          # no key entered: evaluation, nothing is dropped
+    logits = model(input_ids, attention_mask)          # evaluation: without a key, nothing is dropped
 """
 
 from __future__ import annotations
@@ -25,13 +25,12 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.extend.core import get_opaque_trace_state
 
-# Masks are drawn as 16 random bits an entry, by a hash of the entry's place: XLA fuses it into what is dropped, so that
-# no mask is stored. On 2 CPU cores, [4096, 384]: 1.3 ms, of which 1.1 read and write the array, against 8.9 with
-# threefry's bits and 16.6 with jax.random.bernoulli.
+# Each entry of a mask takes 16 random bits, a hash of the entry's place. XLA fuses the hash into the operation that
+# uses the mask, so that the mask is never stored; jax.random's bits are not fused.
 _LEVELS = 1 << 16
 
-# JAX caches what an inner function (jit, remat, scan) traced to, by its arguments. The key is no argument, so the cache
-# is marked with it: else the mask or the tracer of an earlier trace would come back.
+# JAX caches the traces of inner functions (jit, remat, scan) by their arguments. The key is not among these, so it
+# marks the cache's entries; otherwise an earlier trace would be reused with its mask or its tracer.
 _trace_mark = jax.make_user_context(default_value=None)
 
 
@@ -64,13 +63,14 @@ _scope: contextvars.ContextVar[_Scope | None] = contextvars.ContextVar("melora_d
 
 @contextlib.contextmanager
 def dropout_key(key: jax.Array | None) -> Iterator[None]:
-    """Runs the block in training mode: dropout sites inside draw their masks from `key`.
+    """A context manager for training mode: dropout sites inside it draw their masks from `key`.
+
+    JAX reads the key while it traces, so enter it inside the function that you jit, not around the call: dropout inside
+    a function that was jitted outside raises a `ValueError`.
 
     Args:
-      key: a PRNG key (typed, from `jax.random.key`, or raw), concrete or traced. `None` runs the block in
-        evaluation mode, also inside another `dropout_key`.
-
-    The key is read while JAX traces, so enter it inside the function that is jitted, not around the call.
+      key: a scalar PRNG key, typed (`jax.random.key`) or raw (uint32), concrete or traced. `None` means evaluation
+        mode, also inside another `dropout_key`.
 
     >>> import jax, jax.numpy as jnp
     >>> with dropout_key(jax.random.key(0)):
@@ -98,9 +98,9 @@ _adapter_rate: contextvars.ContextVar[jax.Array | None] = contextvars.ContextVar
 
 @contextlib.contextmanager
 def adapter_dropout(rate: jax.Array | None) -> Iterator[None]:
-    """Inside, adapters drop at `rate`, which may be traced, and not at their own; None leaves them theirs.
+    """A context manager inside which adapters drop at `rate`, which may be traced; None leaves them their own rates.
 
-    A traced rate gives the mask of the same rate as a float, bit for bit, if it is a multiple of 1/65536.
+    If a traced rate is a multiple of 1/65536, its masks are bit-identical to those of the same rate as a float.
     """
     token = _adapter_rate.set(rate)
     try:
@@ -110,16 +110,16 @@ def adapter_dropout(rate: jax.Array | None) -> Iterator[None]:
 
 
 def adapter_rate(own: float) -> float | jax.Array:
-    """The rate in force for an adapter whose own is `own`."""
+    """The dropout rate of an adapter: the one set by `adapter_dropout`, or else its own."""
     rate = _adapter_rate.get()
     return own if rate is None else rate
 
 
 @contextlib.contextmanager
 def scanned_layers() -> Iterator[None]:
-    """Around a `jax.lax.scan` over layers: a key entered outside of any trace serves inside the scan too.
+    """Around a `jax.lax.scan` over layers: sites inside may use a concrete key that was entered around the scan.
 
-    The scan is traced for this one call. If the call itself is being traced for later ones, the key is still refused.
+    The scan is traced for this call only. If the call itself is being traced for later ones, the key is still refused.
     """
     outer = _scope.get()
     fits = outer is not None and (outer.fits_traces or not _is_traced(outer.key))
@@ -179,7 +179,7 @@ def key_for_site(path: str) -> jax.Array | None:
     if isinstance(key, Tracer) and not scope.fits_traces:
         raise ValueError(
             f"dropout at {path or 'a layer'}: the key was entered around a jitted, rematerialised or scanned function, "
-            "which would keep this one mask for ever; jit a function that takes the key and enters dropout_key(key)"
+            "which would reuse this one mask; jit a function that takes the key and enters dropout_key(key)"
         )
     for part in parts:
         if part.isdigit():
@@ -199,12 +199,15 @@ def dropout(x: jax.Array, rate: float | jax.Array, path: str) -> jax.Array:
     """Zeroes entries of `x` with probability `rate` and scales the rest by `1 / (1 - rate)`.
 
     Args:
-      x: array of any shape and floating dtype.
-      rate: probability in [0, 1), rounded to a multiple of 1/65536 (in the scale too); it may be traced.
-      path: the site's path in the model; it names the site's random stream.
+      x: an array of any shape and floating dtype.
+      rate: a probability in [0, 1), possibly traced. It is rounded to a multiple of 1/65536, in the scale too.
+      path: the site's path in the model, which selects its random stream.
 
     Returns:
-      An array of the shape and dtype of `x`; `x` itself when `rate` is 0 or no `dropout_key` is entered.
+      An array of the shape and dtype of `x`; `x` itself if `rate` is 0 or no key is entered.
+
+    Raises:
+      ValueError: the key was entered around a function that is being traced here for later calls too.
 
     >>> import jax.numpy as jnp
     >>> dropout(jnp.ones(3), 0.5, "encoder/layer/0").tolist()
@@ -215,7 +218,7 @@ def dropout(x: jax.Array, rate: float | jax.Array, path: str) -> jax.Array:
 
 
 def keep_mask(shape: tuple[int, ...], rate: float | jax.Array, path: str) -> jax.Array | None:
-    """Which entries of an array of `shape` dropout keeps at the site `path`, bool; None where it drops nothing."""
+    """Which entries dropout at the site `path` keeps, bool of `shape`; None if it keeps all. See `dropout`."""
     key = None if not isinstance(rate, jax.Array) and rate == 0.0 else key_for_site(path)
     if key is None:
         return None
@@ -223,8 +226,8 @@ def keep_mask(shape: tuple[int, ...], rate: float | jax.Array, path: str) -> jax
 
 
 def drop(x: jax.Array, keep: jax.Array, rate: float | jax.Array) -> jax.Array:
-    """`x` with the entries that are not kept set to zero, and the others scaled by `1 / (1 - rate)`."""
-    # bfloat16 would round the scale, and with it every kept entry the same way.
+    """`x` with zeros where `keep` is False, and the other entries scaled by `1 / (1 - rate)`."""
+    # In bfloat16 the scale would be rounded, and all kept entries with it in one direction.
     wide = jnp.promote_types(x.dtype, jnp.float32)
     kept = _LEVELS - _dropped_levels(rate)
     scale = _LEVELS / (kept.astype(wide) if isinstance(kept, jax.Array) else kept)
@@ -232,7 +235,7 @@ def drop(x: jax.Array, keep: jax.Array, rate: float | jax.Array) -> jax.Array:
 
 
 def rounded_rate(rate: float) -> float:
-    """The rate that dropout at `rate` has, a multiple of 1/65536, which float32 holds exactly."""
+    """The rate at which dropout at `rate` works: the nearest multiple of 1/65536, exact in float32."""
     return _dropped_levels(rate) / _LEVELS
 
 
@@ -247,7 +250,7 @@ def _dropped_levels(rate: float | jax.Array) -> int | jax.Array:
 
 
 def _random_levels(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Uniform uint16 of `shape`, each entry a hash of the key and of its place: its row, and its column in the row."""
+    """Uniform uint16 of `shape`: each entry is a hash of the key, its row and its column."""
     words = jax.random.key_data(key).reshape(-1)
     rows = jnp.arange(math.prod(shape[:-1]), dtype=jnp.uint32).reshape(*shape[:-1], *[1] * min(len(shape), 1))
     columns = jnp.arange(*shape[-1:] or (1,), dtype=jnp.uint32)
@@ -256,7 +259,10 @@ def _random_levels(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _scrambled(x: jax.Array) -> jax.Array:
-    """A bijection of uint32 that flips about half of the bits where one is changed. Source: lowbias32, C. Wellons."""
+    """A bijection of uint32 that flips about half of the output bits if one input bit changes.
+
+    Source: lowbias32, C. Wellons.
+    """
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = (x ^ (x >> shift)) * jnp.uint32(factor)
     return x ^ (x >> 16)

@@ -1,4 +1,4 @@
-"""`adapt`: which layers of a Linen model a config names, and their adapters."""
+"""`adapt`: finds the layers of a Linen model that a config names and creates their adapters."""
 
 from __future__ import annotations
 
@@ -33,23 +33,25 @@ from melora_jax.validation import check_sizes
 def adapt(
     module: nn.Module, variables: Mapping[str, Any], config: MELoRAConfig, key: jax.Array, *args: Any, **kwargs: Any
 ) -> tuple[AdaptedModule, dict[str, Any]]:
-    """Finds the layers of a Linen model that `config` names, and makes their adapters.
+    """Finds the layers of a Linen model that `config` names and creates their adapters.
 
     Args:
       module: any Linen module.
-      variables: its collections, `{"params": ...}` and what else its call needs. They are only read; without
-        `modules_to_save` their shapes and dtypes suffice.
+      variables: its collections, `{"params": ...}` and whatever else its call needs. They are only read; without
+        `modules_to_save`, `jax.ShapeDtypeStruct`s suffice.
       config: what to adapt. The parameters of `modules_to_save` are copied into the adapters' collection, in float32.
-      key: source of the start values. A site folds in its path, so they do not depend on which others there are.
-      args, kwargs: an example call as `module.apply` takes it after the variables (`method=` and `rngs=` too). It is
-        traced, not computed. Layers that it does not call are not there for `config`.
+      key: a PRNG key for the initial values. Each site folds in its path, so that its values do not depend on the other
+        sites.
+      args, kwargs: an example call, as `module.apply` takes it after the variables (with `method=` and `rngs=`). It is
+        traced, not computed. `config` can only name layers that it reaches.
 
     Returns:
-      The adapted module, and its `"melora"` collection: the tree to train.
+      `(adapted, melora)`: the adapted module, and its `"melora"` collection, which is the tree to train: factors
+      `[n i r]` and `[n r o]`, float32.
 
     Raises:
-      ValueError: a target, override, exclusion or module to save matches nothing; a matched module can't be adapted or
-        n does not divide it. The message names the path and the remedy.
+      ValueError: a target, override, exclusion or module to save matches nothing, or a matched module can't be adapted
+        or has sizes that n does not divide. The message names the path and the remedy.
 
     >>> model, x = nn.Sequential([nn.Dense(6), nn.relu, nn.Dense(4)]), jnp.ones((1, 8))
     >>> variables = model.init(jax.random.key(0), x)
@@ -96,7 +98,7 @@ def _planned(chosen: NamedModule, config: MELoRAConfig) -> LinenSite:
 
 
 def _as_float32(value: jax.Array) -> jax.Array:
-    """A copy, so that a step that donates the trained tree leaves params alone; floats that are narrower in float32."""
+    """A copy, so that a step may donate it without deleting params; narrower floats become float32."""
     return jnp.array(value, jnp.float32 if jnp.issubdtype(value.dtype, jnp.floating) else value.dtype)
 
 

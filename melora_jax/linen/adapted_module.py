@@ -22,22 +22,32 @@ from melora_jax.linen.site import LinenSite
 from melora_jax.linen.trace import is_linear
 from melora_jax.linen.tree import Flat, Path, flat_from_tree, is_inside, joined, parts, tree_from_flat
 
-# What nn.jit traced once under another config must not come back: the traces in its cache are marked with the config.
+# nn.jit caches its traces. Marking them with the config keeps it from reusing those of another config.
 _trace_mark = jax.make_user_context(default_value=None)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AdaptedModule:
-    """A Linen module with adapters, made by `adapt`. Prints as a table of its sites.
+    """A Linen module with adapters, created by `adapt`. It prints as a table of its sites.
 
     Attributes:
-      module: the module as it was.
-      config: what it was adapted with.
+      module: the original module.
+      config: the config it was adapted with.
       sites: the adapted layers by path.
-      saved: paths of the modules that are trained whole.
-      called: paths of all modules that the example call reached.
-      shapes: the arrays of the `"melora"` collection by path.
-      adaptation: sites and parameter counts.
+      saved: the paths of `modules_to_save`, which are trained whole.
+      called: the paths of all modules that the example call reached.
+      shapes: the shapes of the arrays in the `"melora"` collection, by path.
+      adaptation: the table of sites with parameter counts.
+
+    >>> from melora_jax.linen.adapt import adapt
+    >>> model, x = nn.Dense(4), jnp.ones((1, 8))
+    >>> variables = model.init(jax.random.key(0), x)
+    >>> config = MELoRAConfig(n=2, targets="all-linear")
+    >>> adapted, melora = adapt(nn.Sequential([model]), {"params": {"layers_0": variables["params"]}}, config,
+    ...                         jax.random.key(1), x)
+    >>> merged = adapted.merge({"params": {"layers_0": variables["params"]}, "melora": melora})
+    >>> merged["params"]["layers_0"]["kernel"].shape
+    (8, 4)
     """
 
     module: nn.Module
@@ -56,11 +66,14 @@ class AdaptedModule:
 
         Args:
           variables: the module's collections and `"melora"`.
-          args, kwargs: as `module.apply` takes them. Adapter dropout acts inside of `melora_jax.dropout_key`.
+          args, kwargs: as `module.apply` takes them. Adapter dropout acts inside `melora_jax.dropout_key`.
+
+        Returns:
+          What `module.apply` returns.
 
         Raises:
-          ValueError: a `"melora"` collection that is not this module's, `"params"` among the mutable collections, or
-            a layer that `config` names and that the example call of `adapt` did not reach.
+          ValueError: the `"melora"` collection belongs to another module, `"params"` is mutable, or the call reaches a
+            layer that `config` names and the example call of `adapt` did not reach.
         """
         if in_filter(kwargs.get("mutable", False), "params"):
             raise ValueError(
@@ -77,12 +90,12 @@ class AdaptedModule:
             return self.module.apply({**others, "params": tree_from_flat(params | factors)}, *args, **kwargs)
 
     def merge(self, variables: Mapping[str, Any]) -> dict[str, Any]:
-        """The variables of the plain module: W + ΔW in each adapted kernel, summed in float32, rounded to its dtype.
+        """The variables of the plain module, with W + ΔW summed in float32 and rounded to each kernel's dtype.
 
-        Modules that were trained whole keep the values and the float32 that they have in `"melora"`.
+        Modules of `modules_to_save` keep the values and the dtype that they have in `"melora"`.
 
         Raises:
-          ValueError: a `"melora"` collection that is not this module's.
+          ValueError: the `"melora"` collection belongs to another module.
         """
         others, params, factors = self._taken_apart(variables)
         for site in self.sites.values():
@@ -92,17 +105,17 @@ class AdaptedModule:
         return {**others, "params": freeze(merged) if isinstance(variables["params"], FrozenDict) else merged}
 
     def adapter_tree(self, melora: Mapping[str, Any], base_model: str | None = None) -> AdapterTree:
-        """The collection as `melora_jax.checkpoints.native_format` writes it, in our format or PEFT's.
+        """The collection in the form that is saved, in our format or PEFT's.
 
         Raises:
-          ValueError: a collection that is not this module's, or stacked layers, which have one path for many.
+          ValueError: the collection belongs to another module, or layers are stacked under one path.
         """
         factors = self._checked(melora)
         for site in self.sites.values():
             if site.layer.lifting.sizes:
                 raise ValueError(
-                    f"{site.path} is a stack of {site.layer.lifting.copies} layers, of which a folder has one "
-                    "each; save the collection itself, by orbax or flax.serialization"
+                    f"{site.path} is a stack of {site.layer.lifting.copies} layers, and an adapter folder has no "
+                    "stacks; save the collection itself with orbax or flax.serialization"
                 )
         sites = {}
         for path, site in self.sites.items():
@@ -112,7 +125,7 @@ class AdaptedModule:
         return AdapterTree(self.config, sites, saved, base_model)
 
     def _taken_apart(self, variables: Mapping[str, Any]) -> tuple[dict[str, Any], Flat, Flat]:
-        """Other collections, the flat params, and the flat adapter collection, once it is known to fit."""
+        """The other collections, the flat params and the flat, checked adapter collection."""
         for name in ("params", COLLECTION):
             if name not in variables:
                 raise ValueError(
@@ -123,7 +136,7 @@ class AdaptedModule:
         return others, flat_from_tree(variables["params"]), self._checked(variables[COLLECTION])
 
     def _checked(self, melora: Mapping[str, Any]) -> Flat:
-        """The flat adapter collection, once it is known to be this module's."""
+        """The flat adapter collection; a ValueError if it belongs to another module."""
         factors = flat_from_tree(melora)
         shapes = {path: jnp.shape(meta.unbox(leaf)) for path, leaf in factors.items()}
         for path in sorted(shapes.keys() | self.shapes.keys()):
@@ -136,11 +149,11 @@ class AdaptedModule:
         return factors
 
     def _require_known(self, module: nn.Module, path: str) -> None:
-        """Raises ValueError for a layer that would have an adapter, had `adapt` seen it."""
+        """Raises a ValueError for a layer that should have an adapter but was not called in `adapt`."""
         if path in self.called or is_inside(path, self.saved):
             return
         if selects(self.config, NamedModule(module, (path,), is_linear(module))):
             raise ValueError(
-                f"{path} is called here and was not in the example call of adapt, so it has no adapter; give adapt an "
+                f"{path} is called here but not in the example call of adapt, so it has no adapter; give adapt an "
                 f"example that reaches it, or leave it out with exclude={[path]}"
             )

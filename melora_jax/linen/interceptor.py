@@ -13,26 +13,26 @@ from melora_jax.linen.trace import arguments_of, equation_of, is_layer
 from melora_jax.linen.tree import joined
 
 COLLECTION = "melora"
-"""The adapters' collection, and what a layer's factors are called among its params while the model runs."""
+"""The name of the adapters' collection, and of the factors among a layer's params while the model runs."""
 
 
 @dataclasses.dataclass
 class _Call:
-    """A call of a site in progress, and whether a call inside of it has added the update."""
+    """A call of a site in progress, and whether a call inside it has added the update."""
 
     path: str
     updated: bool = False
 
 
 class AddUpdates:
-    """An interceptor for one `apply`.
+    """The interceptor of one `apply`.
 
-    Where a subclass calls its parent's method, both calls come here: the update belongs to the inner one, which sees
-    the input that meets the kernel.
+    If a subclass calls its parent's method, the interceptor sees both calls. The inner one, whose input is multiplied
+    by the kernel, adds the update.
 
     Args:
       sites: the adapted layers by path.
-      require_known: raises for a layer without an adapter that should have one.
+      require_known: called for each layer without an adapter; raises if it should have one.
     """
 
     def __init__(self, sites: Mapping[str, LinenSite], require_known: Callable[[nn.Module, str], None]) -> None:

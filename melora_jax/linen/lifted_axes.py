@@ -1,7 +1,7 @@
-"""Axes that transforms such as Linen's `nn.scan` and `nn.vmap` add to a layer's arrays, an entry for each copy of it.
+"""Axes that transforms such as Linen's `nn.scan` and `nn.vmap` add to a layer's arrays, with one entry per copy.
 
-Where they lie is read off markers: arrays of zeros that are stored inside the transform, beside the kernel. Outside,
-their added axes are those whose sizes the markers did not have.
+Markers, arrays of zeros stored beside the kernel inside the transform, reveal where the axes are added: outside, they
+are the axes whose sizes the markers did not have.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import jax.numpy as jnp
 Shape = tuple[int, ...]
 
 FACTOR_AXES = 3
-"""A factor alone has three axes, [n i r] or [n r o]."""
+"""The number of axes of one factor, [n i r] or [n r o]."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Lifting:
-    """The sizes of the added axes, and where they lie in the kernel and in the factors."""
+    """The sizes of the added axes and their positions in the kernel and in the factors."""
 
     sizes: Shape = ()
     kernel_axes: Shape = ()
@@ -30,24 +30,24 @@ class Lifting:
 
     @property
     def copies(self) -> int:
-        """How many layers share one path."""
+        """The number of layers that share one path."""
         return math.prod(self.sizes)
 
     def init(self, make: Callable[[jax.Array], tuple[jax.Array, jax.Array]], key: jax.Array) -> list[jax.Array]:
-        """What `make(key)` returns, with a key of its own for each copy, the added axes in their places."""
+        """The factors that `make(key)` returns for each copy, with a key each, stacked along the added axes."""
         made = self._mapped(make)(jax.random.split(key, self.sizes) if self.sizes else key)
         return [jnp.moveaxis(factor, self._front, self.factor_axes) for factor in made]
 
     def merge(
         self, merge: Callable[[jax.Array, jax.Array, jax.Array], jax.Array], kernel: jax.Array, *factors: jax.Array
     ) -> jax.Array:
-        """`merge(kernel, a, b)` of each copy."""
+        """`merge(kernel, a, b)` for each copy, stacked like the kernel."""
         fronted = [jnp.moveaxis(factor, self.factor_axes, self._front) for factor in factors]
         merged = self._mapped(merge)(jnp.moveaxis(kernel, self.kernel_axes, self._front), *fronted)
         return jnp.moveaxis(merged, self._front, self.kernel_axes)
 
     def numbers(self) -> jax.Array:
-        """The copies' numbers, as one factor of size 1 each."""
+        """The copies' numbers, uint32, in the layout of a factor of size 1."""
         numbers = jnp.arange(self.copies, dtype=jnp.uint32).reshape(*self.sizes, *(1,) * FACTOR_AXES)
         return jnp.moveaxis(numbers, self._front, self.factor_axes)
 
@@ -66,14 +66,14 @@ NOT_LIFTED = Lifting()
 
 
 def marker_shapes(kernel_axes: int, whole: Shape) -> tuple[Shape, Shape]:
-    """Markers for a kernel of so many axes and for the factors, of sizes that the `whole` kernel's shape has not."""
+    """The shapes of a kernel's and a factor's markers, from sizes that do not occur in the `whole` kernel's shape."""
     unused = (size for size in itertools.count(2) if size not in whole)
     sizes = tuple(itertools.islice(unused, max(kernel_axes, FACTOR_AXES)))
     return sizes[:kernel_axes], sizes[:FACTOR_AXES]
 
 
 def lifting_from_markers(inside: tuple[Shape, Shape], outside: Sequence[Shape]) -> Lifting:
-    """The added axes, from the two markers' shapes inside and outside of the transform.
+    """The added axes, from the shapes of the two markers inside and outside the transform.
 
     >>> lifting_from_markers(((2, 4), (2, 4, 5)), [(2, 3, 4), (2, 3, 4, 5)])
     Lifting(sizes=(3,), kernel_axes=(1,), factor_axes=(1,))

@@ -21,7 +21,7 @@ from melora_jax.linen.tree import Flat, Path, parts
 
 @dataclasses.dataclass(frozen=True)
 class LinenSite:
-    """One adapted layer: its path in `params`, its adapter, and how its kernel lies."""
+    """One adapted layer: its path in `params`, its adapter's settings and the layout of its kernel."""
 
     path: str
     spec: AdapterSpec
@@ -30,17 +30,17 @@ class LinenSite:
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The shapes of a and b, of one copy of the layer."""
+        """The shapes of a and b for one copy of the layer."""
         n, r, view = self.spec.n, max(self.spec.r), self.layer.view
         return (n, view.d_in // n, r), (n, r, view.d_out // n)
 
     @property
     def places(self) -> tuple[Path, Path]:
-        """Where a and b lie in the collection."""
+        """The paths of a and b in the collection."""
         return (*parts(self.path), "a"), (*parts(self.path), "b")
 
     def init(self, key: jax.Array) -> Flat:
-        """Start values of both factors, for each copy of the layer its own."""
+        """Initial values of both factors, different for each copy of the layer."""
 
         def make(key: jax.Array) -> tuple[jax.Array, jax.Array]:
             return init_factors(key, self.layer.view.d_in, self.layer.view.d_out, self.spec)
@@ -63,11 +63,11 @@ class LinenSite:
         Args:
           method: the layer's method, `"__call__"` or `"attend"`.
           x, y: its input and output.
-          factors: a and b, and in a stack that has dropout the layer's number.
-          equation: that of an Einsum's call.
+          factors: a and b and, in a stack with dropout, the layer's number.
+          equation: the equation of an Einsum's call.
 
         Raises:
-          ValueError: factors of another shape, or an equation that uses the kernel in another way than the first call.
+          ValueError: the factors have other shapes, or the equation uses the kernel differently from the first call.
         """
         a, b = factors.get("a"), factors.get("b")
         if a is None or b is None or (a.shape, b.shape) != self.shapes:

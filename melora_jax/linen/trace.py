@@ -1,4 +1,4 @@
-"""Which modules one call of a Linen model reaches, and how their kernels lie: what types of Linen are known."""
+"""Which modules one call of a Linen model reaches, and the layout of their kernels, by Linen's layer types."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from melora_jax.linen.lifted_axes import NOT_LIFTED, Lifting, lifting_from_marke
 from melora_jax.linen.tree import Flat, flat_from_tree, joined, parts
 
 LINEAR = (nn.Dense, nn.DenseGeneral, nn.Einsum)
-"""What "all-linear" takes."""
+"""The layers that "all-linear" targets."""
 
 _MARKERS = "melora_markers"
 _NO_KERNEL = "has no dense kernel [d_in, d_out]; adaptable are Dense, DenseGeneral, Einsum and Embed"
@@ -27,12 +27,12 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A layer with a flat kernel.
+    """A layer whose kernel can be viewed as a matrix.
 
     Attributes:
-      view: how input, output and kernel lie flat.
-      kernel_shape: the kernel's shape inside of the model's transforms.
-      equation: an Einsum's, at its first call.
+      view: how its input, output and kernel become flat.
+      kernel_shape: the kernel's shape inside the model's transforms.
+      equation: an Einsum's equation at its first call.
       lifting: the axes that the transforms add to the kernel.
     """
 
@@ -44,28 +44,28 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class CalledModule:
-    """A module that was called: whether `"all-linear"` takes it, and its layer, or why it can't be adapted."""
+    """A module that was called: whether `"all-linear"` targets it, and its layer or why it can't be adapted."""
 
     linear: bool
     layer: Layer | None = None
     reason: str = ""
 
     def lifted(self, lifting: Lifting) -> CalledModule:
-        """The same with the axes that transforms add to its kernel."""
+        """The same module with the axes that transforms add to its kernel."""
         return (
             self if self.layer is None else CalledModule(self.linear, dataclasses.replace(self.layer, lifting=lifting))
         )
 
 
 def is_layer(module: nn.Module, method: str) -> bool:
-    """Whether this is a call of a layer that may have an adapter."""
+    """Whether this method call may need an adapter's output."""
     return (method == "__call__" and isinstance(module, (*LINEAR, nn.Embed))) or (
         method == "attend" and isinstance(module, nn.Embed)
     )
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether `"all-linear"` takes the module."""
+    """Whether `"all-linear"` targets the module."""
     return isinstance(module, LINEAR)
 
 
@@ -75,16 +75,16 @@ def arguments_of(context: nn.module.InterceptorContext, args: Any, kwargs: Any) 
 
 
 def equation_of(module: nn.Module, arguments: Mapping[str, Any]) -> str | None:
-    """The equation of an Einsum's call."""
+    """The equation of an Einsum's call; None for other layers."""
     return (arguments.get("einsum_str") or module.einsum_str) if isinstance(module, nn.Einsum) else None
 
 
 def called_modules(
     module: nn.Module, variables: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[str, CalledModule]:
-    """The modules that `module.apply(variables, *args, **kwargs)` calls, by path, as their first calls end.
+    """The modules that `module.apply(variables, *args, **kwargs)` calls, by path, in the order their first calls end.
 
-    The call is traced and not computed.
+    The call is traced, not computed.
     """
     follower = _Follower(flat_from_tree(variables["params"]))
 
@@ -101,7 +101,7 @@ def called_modules(
 
 
 class _Follower:
-    """A method interceptor that notes each module, and lays markers beside kernels that a transform adds axes to."""
+    """A method interceptor that records each module and stores markers beside kernels with axes of transforms."""
 
     def __init__(self, params: Flat) -> None:
         self.params = params
@@ -111,8 +111,8 @@ class _Follower:
 
     def __call__(self, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         y = next_fun(*args, **kwargs)
-        # The inner of two calls at one path comes first: that of a layer which a transform wraps, such as
-        # nn.vmap(nn.Dense), or which shares its scope with the module around it.
+        # Of two nested calls at one path, the inner one is recorded first: a layer that a transform wraps, such as
+        # nn.vmap(nn.Dense), or that shares its scope with the module around it.
         module, path = context.module, joined(context.module.path)
         if not is_layer(module, context.method_name):
             if context.method_name != "setup":
@@ -122,13 +122,13 @@ class _Follower:
             self.layers.add(path)
             self.called[path] = self._called_layer(module, path, arguments_of(context, args, kwargs))
         if path in self.markers and len(_kernel_shape(module) or ()) == len(self.markers[path][0]):
-            # At each call, since a transform may trace its body more than once.
+            # At each call, because a transform may trace its body more than once.
             zeros = {str(k): jnp.zeros(shape) for k, shape in enumerate(self.markers[path])}
             module.scope.put_variable("params", _MARKERS, zeros)
         return y
 
     def _called_layer(self, module: Any, path: str, arguments: Mapping[str, Any]) -> CalledModule:
-        """The layer as it is at this call, and markers for it if its kernel is part of a larger one."""
+        """The layer at this call. If its kernel is part of a larger one, its markers are noted."""
         linear, equation = is_linear(module), equation_of(module, arguments)
         whole, shape = self.params.get((*module.path, _kernel_name(module))), _kernel_shape(module)
         if whole is None or shape is None:
@@ -151,7 +151,7 @@ def _kernel_name(module: nn.Module) -> str:
 
 
 def _kernel_shape(module: nn.Module) -> Shape | None:
-    """The shape of the kernel as the module's call sees it."""
+    """The shape of the kernel that the module's call sees."""
     kernel = module.get_variable("params", _kernel_name(module))
     return None if kernel is None else jnp.shape(meta.unbox(kernel))
 
@@ -160,7 +160,7 @@ def _view_of(module: nn.Module, shape: Shape, equation: str | None) -> DenseView
     """The flat view of a layer whose kernel has this shape.
 
     Raises:
-      ValueError: it has none, with the reason.
+      ValueError: there is none; the message is the reason.
     """
     if equation is not None:
         return view_of_einsum(equation, shape)

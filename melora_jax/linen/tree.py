@@ -14,7 +14,7 @@ Flat = dict[Path, Any]
 
 
 def flat_from_tree(tree: Mapping[str, Any]) -> Flat:
-    """A collection by path, its empty nodes included, whether it is frozen or not."""
+    """The leaves and empty nodes of a collection by path."""
     return traverse_util.flatten_dict(unfreeze(dict(tree)), keep_empty_nodes=True)
 
 
@@ -34,10 +34,10 @@ def parts(path: str) -> Path:
 
 
 def is_inside(path: str, modules: Iterable[str]) -> bool:
-    """Whether a path is one of the modules' or lies below it."""
+    """Whether a path is that of one of the modules or lies below it."""
     return any(path == module or path.startswith(f"{module}/") for module in modules)
 
 
 def size_of(flat: Flat) -> int:
-    """The number of parameters."""
+    """The number of parameters in a flat collection."""
     return sum(leaf.size for leaf in jax.tree.leaves(flat))

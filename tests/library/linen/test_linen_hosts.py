@@ -155,7 +155,7 @@ class Branched(nn.Module):
 def test_a_layer_that_the_example_did_not_reach_is_not_left_out_in_silence() -> None:
     variables = Branched().init(jax.random.key(0), X, both=True)
     module, melora = linen.adapt(Branched(), variables, EVERY, jax.random.key(1), X)
-    with pytest.raises(ValueError, match=r"^second is called here and was not in the example call of adapt, so it has"):
+    with pytest.raises(ValueError, match=r"^second is called here but not in the example call of adapt, so it has"):
         module.apply({**variables, "melora": melora}, X, both=True)
     named = mj.MELoRAConfig(n=2, targets=["first"])
     module, melora = linen.adapt(Branched(), variables, named, jax.random.key(1), X)
