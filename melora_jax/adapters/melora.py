@@ -39,7 +39,7 @@ from melora_jax.core.adapter_update import (
 )
 from melora_jax.core.dense_view import DenseView, view_at_call
 from melora_jax.nn.layer_view import checked_view, view_of
-from melora_jax.nn.parallel import ParallelDot
+from melora_jax.nn.parallel import ParallelLinear
 from melora_jax.nn.quantized import QuantizedLinear
 from melora_jax.nn.sharding import DATA, FSDP, active_mesh
 
@@ -192,7 +192,8 @@ class MELoRADense(nnx.Module):
 
     def _own_mesh(self) -> AbstractMesh | None:
         """The mesh in force, if the base is one of our layers and so cuts its product itself."""
-        return active_mesh() if isinstance(getattr(self.base, "dot_general", None), ParallelDot) else None
+        ours = isinstance(self.base, ParallelLinear | QuantizedLinear) and self.base.cut is not None
+        return active_mesh() if ours else None
 
     def _merges(self, x: jax.Array, mesh: AbstractMesh | None) -> bool:
         if mesh is not None and why_unmergeable_on(mesh, self.base, self.spec):

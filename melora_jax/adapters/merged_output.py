@@ -15,7 +15,7 @@ from melora_jax.adapters.tensor_parallel import why_whole
 from melora_jax.config import AdapterSpec
 from melora_jax.core import blocks
 from melora_jax.core.products.merged import OwnAxis, Precision, _product, merged_product
-from melora_jax.nn.parallel import ParallelDot
+from melora_jax.nn.parallel import KernelCut, ParallelLinear
 from melora_jax.nn.quantized import QuantizedLinear
 from melora_jax.nn.sharding import DATA, FSDP, TENSOR, batch_spec, mesh_of
 
@@ -27,12 +27,12 @@ def why_unmergeable(base: Any, spec: AdapterSpec) -> str | None:
     if isinstance(base, QuantizedLinear):
         mesh = mesh_of(base.codes.get_raw_value())
         return "its quantised kernel lies on a mesh" if mesh is not None and mesh.size > 1 else None
-    ours = isinstance(base.dot_general, ParallelDot)
-    if not (ours or base.dot_general is jax.lax.dot_general):
+    if base.dot_general is not jax.lax.dot_general:
         return "the layer has a dot_general of its own"
     mesh = mesh_of(base.kernel.get_raw_value())
     if mesh is None or mesh.size == 1:
         return None
+    ours = isinstance(base, ParallelLinear)
     return why_unmergeable_on(mesh.abstract_mesh, base, spec) if ours else "the kernel lies on a mesh"
 
 
@@ -40,7 +40,7 @@ def why_unmergeable_on(mesh: AbstractMesh, base: Any, spec: AdapterSpec) -> str 
     """Why a layer of ours can't on a mesh: its kernel would need minis that the device does not have."""
     if isinstance(base, QuantizedLinear):
         return "its quantised kernel lies on a mesh"
-    whole = None if base.dot_general.form(mesh) == "whole" else why_whole(spec, mesh.shape[TENSOR])
+    whole = None if base.cut.form(mesh) == "whole" else why_whole(spec, mesh.shape[TENSOR])
     return whole and f"its kernel is cut over tensor, its minis are not, as {whole}"
 
 
@@ -50,8 +50,8 @@ def merged_output(base: Any, x: Array, a: Array, b: Array, spec: AdapterSpec, me
     y: Any
     if isinstance(base, nnx.Linear):
         x, kernel, bias = base.promote_dtype((x, base.kernel[...], bias), dtype=base.dtype)
-        dot: Any = base.dot_general
-        product = merged_product if mesh is None else functools.partial(_product_on_mesh, dot, mesh)
+        cut: Any = getattr(base, "cut", None)
+        product = merged_product if mesh is None else functools.partial(_product_on_mesh, cut, mesh)
         y = product(x, kernel, a, b, spec, base.precision)
         y = y if base.preferred_element_type is None else y.astype(base.preferred_element_type)
     else:
@@ -60,7 +60,7 @@ def merged_output(base: Any, x: Array, a: Array, b: Array, spec: AdapterSpec, me
 
 
 def _product_on_mesh(
-    dot: ParallelDot,
+    cut: KernelCut,
     mesh: AbstractMesh,
     x: Array,
     kernel: Array,
@@ -70,7 +70,7 @@ def _product_on_mesh(
     precision: Precision,
 ) -> Array:
     """`merged_product`, each device summing its part of W with its own minis."""
-    form = dot.form(mesh)
+    form = cut.form(mesh)
     own_axis = {"column": OwnAxis(0, TENSOR), "row": OwnAxis(1, TENSOR), "whole": None}[form]
     along = PartitionSpec() if form == "whole" else PartitionSpec(TENSOR)
 
@@ -82,4 +82,4 @@ def _product_on_mesh(
         return _product(x, kernel, a, b, scale, spec.mixer, precision, own_axis)
 
     weights = kernel, a, b, jnp.asarray(blocks.scale_of(spec))
-    return dot.product_by(local, x, weights, (dot.kernel_spec(mesh), along, along, along))
+    return cut.product_by(local, x, weights, (cut.kernel_spec(mesh), along, along, along))

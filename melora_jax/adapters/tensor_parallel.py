@@ -82,13 +82,13 @@ def product_with_adapter(
     """A dense layer's output plus its adapter's, each device's parts of both summed before anything is sent.
 
     Args:
-      base: an `nnx.Linear` whose `dot_general` is a `ParallelDot`; or one of these quantised.
+      base: a `ParallelLinear`, or one of these quantised.
       mesh: the mesh in force.
       x: its input `[..., d_in]`.
       factors_for: A and B in the dtype that goes with an output's.
       scale, spec, strategy, path: as for `beside_base`.
     """
-    form = base.dot_general.form(mesh)
+    form: Form = base.cut.form(mesh)
     if isinstance(base, QuantizedLinear):
         like = jax.ShapeDtypeStruct((*x.shape[:-1], base.out_features), base.dtype)
         return base.on_mesh(x, beside_base(form, mesh, x, factors_for(like), scale, spec, strategy, path))
@@ -98,7 +98,7 @@ def product_with_adapter(
     factors = factors_for(jax.eval_shape(output, x, kernel))
     beside = beside_base(form, mesh, x, factors, scale, spec, strategy, path)
     options = {"precision": base.precision, "preferred_element_type": base.preferred_element_type}
-    y = base.dot_general.product(x, kernel, beside, **options)
+    y = base.cut.product(x, kernel, beside, **options)
     return y if bias is None else y + bias
 
 

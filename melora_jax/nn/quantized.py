@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from melora_jax.nn.parallel import Beside, ParallelDot, require_mesh
+from melora_jax.nn.parallel import Beside, KernelCut, ParallelLinear, require_mesh
 from melora_jax.nn.sharding import active_mesh, mesh_of
 from melora_jax.nn.tree import path_of, rewrite, walk
 
@@ -66,18 +66,19 @@ class QuantizedLinear(nnx.Module):
         self.codes = QuantizedParam(quantized.qvalue)
         self.scale = QuantizedParam(quantized.scale)
         self.bias = layer.bias
-        self.dot_general: Any = layer.dot_general
+        self.cut: KernelCut | None = layer.cut if isinstance(layer, ParallelLinear) else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        if active_mesh() is not None and isinstance(self.dot_general, ParallelDot):
+        if active_mesh() is not None and self.cut is not None:
             return self.on_mesh(x)
         y: Any = _product(x.astype(self.dtype), self.codes[...], self.scale[...], self.qtype)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
     def on_mesh(self, x: jax.Array, beside: Beside | None = None) -> jax.Array:
-        """The output on the mesh in force, each device making its part of W_q; `beside` as in `ParallelDot.product`."""
+        """The output on the mesh in force, each device making its part of W_q; `beside` as in `KernelCut.product`."""
+        cut = self.cut or KernelCut()
         mesh, codes, scale = require_mesh(), self.codes[...], self.scale[...]
-        kernel, tile = self.dot_general.kernel_spec(mesh), self.in_features // scale.shape[0]
+        kernel, tile = cut.kernel_spec(mesh), self.in_features // scale.shape[0]
         over_in, over_out = kernel
         whole = over_in is not None and scale.shape[0] % mesh.shape[over_in] != 0
 
@@ -89,7 +90,7 @@ class QuantizedLinear(nnx.Module):
             return _product(x, codes, scale, self.qtype)
 
         specs = (kernel, PartitionSpec(None if whole else over_in, over_out))
-        y = self.dot_general.product_by(dot, x.astype(self.dtype), (codes, scale), specs, beside)
+        y = cut.product_by(dot, x.astype(self.dtype), (codes, scale), specs, beside)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
     @property
@@ -99,9 +100,12 @@ class QuantizedLinear(nnx.Module):
 
     def dequantized(self) -> nnx.Linear:
         """A plain layer that computes the same."""
+        kind = nnx.Linear if self.cut is None else ParallelLinear
         layer = nnx.eval_shape(
-            lambda: nnx.Linear(self.in_features, self.out_features, use_bias=False, dtype=self.dtype, rngs=nnx.Rngs(0))
+            lambda: kind(self.in_features, self.out_features, use_bias=False, dtype=self.dtype, rngs=nnx.Rngs(0))
         )
+        if isinstance(layer, ParallelLinear) and self.cut is not None:
+            layer.cut = self.cut
         layer.kernel = nnx.Param(self.kernel)
         layer.use_bias, layer.bias = self.bias is not None, self.bias
         return layer

@@ -24,7 +24,7 @@ import melora_jax as mj
 from melora_jax.core.dropout import dropout_key, keep_mask
 from melora_jax.files.safetensors_io import TensorFile
 from melora_jax.models import abstract_model
-from melora_jax.nn.parallel import ParallelDot
+from melora_jax.nn.parallel import KernelCut
 from melora_jax.training import abstract_train_state, check_mesh
 from tests.support import tiny_run
 from tests.support.mesh_bytes import table
@@ -120,9 +120,9 @@ def check_guard(folder: Path, mesh: jax.sharding.Mesh) -> dict[str, str]:
     for family in ("bert", "llama"):
         said[family] = guarded(folder / family, family, mesh, *TASKS[family])
     said["a llama that classifies"] = guarded(folder / "llama", "llama", mesh, "sequence-classification", 3)
-    ours, ParallelDot.product = ParallelDot.product, left_to_xla(ParallelDot.product)
+    ours, KernelCut.product = KernelCut.product, left_to_xla(KernelCut.product)
     said["left to XLA"] = guarded(folder / "llama", "llama", mesh, "causal-lm", None)
-    ParallelDot.product = ours
+    KernelCut.product = ours
     return said
 
 
@@ -175,7 +175,7 @@ def guarded(path: Path, family: str, mesh: jax.sharding.Mesh, task: str, labels:
 def left_to_xla(product: Any) -> Any:
     """A dense product whose row-parallel form asks for a cut result, which XLA computes wrongly on three axes."""
 
-    def wrong(self: ParallelDot, x: jax.Array, kernel: jax.Array, *rest: Any, **options: Any) -> jax.Array:
+    def wrong(self: KernelCut, x: jax.Array, kernel: jax.Array, *rest: Any, **options: Any) -> jax.Array:
         if self.form(jax.sharding.get_abstract_mesh()) != "row":
             return product(self, x, kernel, *rest, **options)
         cut = jax.P(("data", "fsdp"), None, "tensor")

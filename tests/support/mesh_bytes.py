@@ -14,20 +14,21 @@ import melora_jax as mj
 from melora_jax.config import AdapterSpec
 from melora_jax.core import blocks
 from melora_jax.core.dropout import dropout_key
-from melora_jax.nn.parallel import ParallelDot
+from melora_jax.nn.parallel import KernelCut, ParallelLinear
 from melora_jax.nn.sharding import put
 from tests.support.collectives import bytes_by_axes, over
 from tests.support.mesh_runs import adapted, batch_of, loss
 
 ROWS, TOKENS, D_IN, D_OUT = 8, 11, 48, 80
-FORMS = {"column": (ParallelDot(None, D_OUT), (None, "tensor")), "row": (ParallelDot(D_IN, None), ("tensor", None))}
+FORMS = {"column": (KernelCut(None, D_OUT), (None, "tensor")), "row": (KernelCut(D_IN, None), ("tensor", None))}
 ADAPTERS = {"MELoRA n=8 r=1": (8, 1), "LoRA r=8": (1, 8)}
 
 
 def layer_bytes(form: str, mesh: Mesh, n: int | None, r: int, **settings: Any) -> dict[str, int]:
     """A dense layer of ours, forward and backward, the input's gradient too; n=None is the base alone."""
-    dot, axes = FORMS[form]
-    linear = nnx.Linear(D_IN, D_OUT, rngs=nnx.Rngs(0), dot_general=dot)
+    cut, axes = FORMS[form]
+    linear = ParallelLinear(D_IN, D_OUT, rngs=nnx.Rngs(0))
+    linear.cut = cut
     linear.kernel.set_value(put(linear.kernel[...], NamedSharding(mesh, PartitionSpec(*axes))))
     if n is None:
         model: Any = linear

@@ -17,8 +17,7 @@ from melora_jax.models.decoders.config import DecoderConfig
 from melora_jax.models.decoders.kv_cache import written
 from melora_jax.models.decoders.masks import causal_attention
 from melora_jax.models.decoders.rope import rotate
-from melora_jax.nn.embedding import Table
-from melora_jax.nn.parallel import ParallelDot
+from melora_jax.nn.parallel import KernelCut, ParallelLinear, Table
 from melora_jax.nn.sharding import constrain
 
 KeyValue = tuple[jax.Array, jax.Array]
@@ -59,8 +58,7 @@ class TokenEmbedding(Table):
     def attend(self, query: jax.Array, out_sharding: jax.P | None = None) -> jax.Array:
         """`query · embeddingᵀ`, `[..., d]` to float32 `[..., v]`."""
         query, embedding = self.promote_dtype((query, self.embedding[...]), dtype=self.dtype)
-        dot, axes = ParallelDot(None, self.num_embeddings), (((query.ndim - 1,), (0,)), ((), ()))
-        return dot(query, embedding.T, axes, preferred_element_type=jnp.float32, out_sharding=out_sharding)
+        return KernelCut(None, self.num_embeddings).dot(query, embedding.T, preferred_element_type=jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +72,9 @@ class DecoderParts:
     dtype: jnp.dtype
     rngs: nnx.Rngs
 
-    def linear(self, d_in: int, d_out: int, *, bias: bool, output_dtype: jnp.dtype | None = None) -> nnx.Linear:
+    def linear(self, d_in: int, d_out: int, *, bias: bool, output_dtype: jnp.dtype | None = None) -> ParallelLinear:
         """A dense layer; `output_dtype` is what its products are summed and returned in, None for the layers' own."""
-        return nnx.Linear(
+        return ParallelLinear(
             d_in,
             d_out,
             use_bias=bias,

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from melora_jax.models.activations import ACTIVATIONS
 from melora_jax.models.hub.names import family_of
 from melora_jax.models.inputs import matrix_of_whole_numbers, require_below, require_shape
-from melora_jax.nn.embedding import Table
+from melora_jax.nn.parallel import ParallelLinear, Table
 
 _BERT_KEYS = {
     "vocab_size": "vocab_size",
@@ -153,10 +153,10 @@ class Parts:
     dtype: jnp.dtype
     rngs: nnx.Rngs
 
-    def linear(self, d_in: int, d_out: int) -> nnx.Linear:
+    def linear(self, d_in: int, d_out: int) -> ParallelLinear:
         """A dense layer with bias."""
         normal = nnx.initializers.normal(self.config.initializer_range)
-        return nnx.Linear(d_in, d_out, kernel_init=normal, dtype=self.dtype, param_dtype=self.dtype, rngs=self.rngs)
+        return ParallelLinear(d_in, d_out, kernel_init=normal, dtype=self.dtype, param_dtype=self.dtype, rngs=self.rngs)
 
     def embed(self, count: int) -> Table:
         """A table of `count` vectors of the hidden size."""

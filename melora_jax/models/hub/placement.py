@@ -8,8 +8,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from melora_jax.models.base import HuggingFaceModel
-from melora_jax.nn.embedding import Table
-from melora_jax.nn.parallel import ParallelDot
+from melora_jax.nn.parallel import KernelCut, ParallelLinear, Table
 from melora_jax.nn.sharding import Layout, put
 from melora_jax.nn.tree import path_of, walk
 
@@ -20,9 +19,9 @@ def lay_out(model: HuggingFaceModel, layout: Layout) -> None:
     """Gives a fresh model its layout, and tells each dense layer and table how it may be cut."""
     model.layout = layout
     for path, module in walk(model):
-        if isinstance(module, nnx.Linear):
+        if isinstance(module, ParallelLinear):
             inputs, outputs = layout.units(f"{path_of(path)}/kernel", tuple(module.kernel.shape))
-            module.dot_general = ParallelDot(inputs, outputs)
+            module.cut = KernelCut(inputs, outputs)
         elif isinstance(module, Table):
             module.units = layout.units(f"{path_of(path)}/embedding", tuple(module.embedding.shape))[0]
 

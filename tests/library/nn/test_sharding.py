@@ -19,7 +19,7 @@ from melora_jax.adapters.tensor_parallel import factor_sharding, whole_notes, wh
 from melora_jax.config import AdapterSpec
 from melora_jax.files.safetensors_io import TensorFile, write_tensors
 from melora_jax.models import model_from_config
-from melora_jax.nn.parallel import ParallelDot, require_mesh
+from melora_jax.nn.parallel import KernelCut, require_mesh
 from melora_jax.nn.sharding import AXES, Layout, batch_spec, constrain, logical_axes, shardings_like
 from melora_jax.nn.tree import path_of
 from tests.support import decoder_fixtures, models_fixtures, tiny, tiny_run
@@ -155,9 +155,9 @@ def test_a_step_for_a_mesh_wants_the_model_on_it() -> None:
 def test_dense_layers_and_tables_know_how_they_may_be_cut() -> None:
     model: Any = abstract(decoder_fixtures.CONFIGS["llama"])
     attention = model.model.layers[0].self_attn
-    assert attention.q_proj.dot_general == ParallelDot(None, 6)
-    assert attention.v_proj.dot_general == ParallelDot(None, 2)
-    assert attention.o_proj.dot_general == ParallelDot(6, None)
+    assert attention.q_proj.cut == KernelCut(None, 6)
+    assert attention.v_proj.cut == KernelCut(None, 2)
+    assert attention.o_proj.cut == KernelCut(6, None)
     assert model.model.embed_tokens.units == decoder_fixtures.VOCAB
     bert: Any = abstract(models_fixtures.CONFIGS["bert"])
     assert bert.bert.embeddings.position_embeddings.units is None
