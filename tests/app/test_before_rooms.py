@@ -64,7 +64,9 @@ def test_a_peft_export_loads(before, kind: str) -> None:
 def test_an_orbax_checkpoint_loads_by_orbax_alone(before) -> None:
     tree = ocp.StandardCheckpointer().restore(Path("orbax/tree").absolute())
     expected = below(before, "adapters/melora/arrays/")
-    found = {"/".join(map(str, path)): np.asarray(array) for path, array in nnx.traversals.flatten_mapping(tree).items()}
+    found = {
+        "/".join(map(str, path)): np.asarray(array) for path, array in nnx.traversals.flatten_mapping(tree).items()
+    }
     assert found.keys() == expected.keys()
     for name, array in expected.items():
         np.testing.assert_array_equal(found[name], array)
