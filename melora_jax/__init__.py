@@ -1,6 +1,6 @@
 """MELoRA for JAX and Flax: mini-ensemble low-rank adapters in any NNX model (arXiv 2402.17263)."""
 
-from melora_jax.adapters import FrozenParam, MELoRADense, MELoRAParam, adapt, describe, merge, unwrap
+from melora_jax.adapters import FrozenParam, MELoRADense, MELoRAParam, adapt, describe, disable_adapters, merge, unwrap
 from melora_jax.checkpoints import export_peft, import_peft, load_adapter, save_adapter, warm_start
 from melora_jax.config import MELoRAConfig
 from melora_jax.core.dropout import dropout_key
@@ -19,6 +19,7 @@ __all__ = [
     "TrainState",
     "adapt",
     "describe",
+    "disable_adapters",
     "dropout_key",
     "export_peft",
     "from_pretrained",

@@ -1,4 +1,4 @@
-"""What to adapt and how: `MELoRAConfig`, and `AdapterSpec`, its resolution at one site."""
+"""What to adapt and how: `MELoRAConfig`; `AdapterSpec`, the settings of one layer's adapter; and patterns of paths."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_args
 
 from melora_jax import validation
 
@@ -17,6 +17,7 @@ Mixer = Literal["identity", "all", "shuffle", "scatter"]
 Strategy = Literal["auto", "batched", "packed", "merged"]
 Init = Literal["kaiming", "gaussian", "orthogonal", "pissa"]
 Variant = Literal["plain", "dora", "adalora"]
+Kind = Literal["plain", "dora", "adalora", "pissa"]
 Bias = Literal["none", "all", "lora_only"]
 
 ALL_LINEAR = "all-linear"
@@ -34,7 +35,7 @@ _PATTERNS = ("n_pattern", "rank_pattern", "alpha_pattern")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterSpec:
-    """The adapter of one layer, every value resolved: `n` minis with one rank and one alpha each.
+    """The settings of one layer's adapter: `n` minis with one rank and one alpha each.
 
     Attributes:
       n: number of mini-adapters.
@@ -43,7 +44,7 @@ class AdapterSpec:
       dropout, scaling, mixer, strategy, init, dtype, variant: as in `MELoRAConfig`.
 
     Raises:
-      ValueError: an unknown choice, a value out of range, or values that contradict each other.
+      ValueError: an unknown choice, a value out of range, or values that do not fit together.
 
     >>> AdapterSpec(n=2, r=(1, 3), alpha=(16.0, 6.0)).scales
     (16.0, 2.0)
@@ -85,17 +86,19 @@ class AdapterSpec:
         validation.check_start(self)
 
     @property
+    def kind(self) -> Kind:
+        """The kind of adapter; `melora_jax.adapters.kind_of` gives its class."""
+        return _kind(self.init, self.variant)
+
+    @property
     def latents(self) -> int:
         """Σ r_k, the width of the latent space: the total rank for `identity` and `shuffle`."""
         return sum(self.r)
 
     @property
     def rank(self) -> int:
-        """The rank of ΔW for generic factors wide enough: Σ r_k, r for mixer `all`, twice that for init `pissa`.
-
-        For variant `dora` that of what is added before the normalisation.
-        """
-        return (self.r[0] if self.mixer == "all" else self.latents) * (2 if self.init == "pissa" else 1)
+        """The rank of the product s·A·B for generic factors wide enough: Σ r_k, or r for mixer `all`."""
+        return self.r[0] if self.mixer == "all" else self.latents
 
     @property
     def scales(self) -> tuple[float, ...]:
@@ -104,9 +107,17 @@ class AdapterSpec:
         return tuple(alpha / (divisor or r) for alpha, r in zip(self.alpha, self.r, strict=True))
 
     def parameters(self, d_in: int, d_out: int) -> int:
-        """Σ r_k·(d_in/n + d_out/n), the trainable parameters of a site; `dora` has d_out more, `adalora` Σ r_k."""
-        more = {"plain": 0, "dora": d_out, "adalora": self.latents}[self.variant]
-        return self.latents * (d_in // self.n + d_out // self.n) + more
+        """Σ r_k·(d_in/n + d_out/n), the parameters of both factors without padding."""
+        return self.latents * (d_in // self.n + d_out // self.n)
+
+    def shapes(self, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of the factors as they are stored: a [n i r] and b [n r o], r that of the widest mini.
+
+        >>> AdapterSpec(n=2, r=(1, 3), alpha=(16.0, 6.0)).shapes(4, 10)
+        {'a': (2, 2, 3), 'b': (2, 3, 5)}
+        """
+        n, r = self.n, max(self.r)
+        return {"a": (n, d_in // n, r), "b": (n, r, d_out // n)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,12 +131,13 @@ class MELoRAConfig:
       dropout: probability of zeroing an input feature of an adapter (PEFT: `lora_dropout`).
       scaling: `"mini"` alpha_k/r_k (the authors' code), `"total"` alpha/(n·r), `"rslora"` alpha/sqrt(n·r).
       mixer: `"identity"` MELoRA, `"all"` LoRA of rank r, `"shuffle"` GraLoRA, `"scatter"` MELoRA whose minis get the
-        features in a fixed random order: the control for whether it matters which features a mini reads and writes.
+        features in a fixed random order, a control for whether it matters which features a mini reads and writes.
       strategy: how the product is computed: `"batched"`, `"packed"`, `"merged"` (W + ΔW is formed in each step: for
-        dense layers of NNX models, without dropout), or `"auto"`. All give the same result. `"batched"` alone has a
-        derivative in forward mode (`jax.jvp`) wherever it runs.
+        dense layers of NNX models, without dropout), or `"auto"`. All give the same result. Only `"batched"` has a
+        derivative in forward mode (`jax.jvp`) on every platform.
       targets: name suffixes (`["query", "value"]`), one regular expression matched against the whole path, or
-        `"all-linear"` but for a language model's output layer (PEFT: `target_modules`). Empty puts no adapter in.
+        `"all-linear"`, every dense layer except a language model's output layer (PEFT: `target_modules`). Empty puts
+        no adapter in.
       exclude: suffixes or one regular expression of layers to leave alone (PEFT: `exclude_modules`).
       layers: keep only sites whose first number in the path is in this list (PEFT: `layers_to_transform`).
       n_pattern, rank_pattern, alpha_pattern: overrides, path suffix or regular expression → value; the first
@@ -135,14 +147,17 @@ class MELoRAConfig:
         PEFT). `"all"` without targets is BitFit (arXiv 2106.10199).
       train_base: train every parameter of the base, full fine-tuning; targets must be empty.
       init: start of A: `"kaiming"` uniform within 1/sqrt(d_in/n), `"gaussian"` with deviation 1/r. B is zero.
-        `"orthogonal"` starts both, with A·B = 0, and `"pissa"` at the principal part of the kernel's diagonal blocks
-        (arXiv 2404.02948), of which the adapter learns the difference: the base is not changed. See `starts`.
+        `"orthogonal"` starts both so that A·B = 0. `"pissa"` starts them at the principal part of the kernel's diagonal
+        blocks (arXiv 2404.02948); the adapter is the difference from that start, and the base is not changed.
       variant: `"plain"`, `"dora"` with a learnt norm of each output's weights (arXiv 2402.09353; PEFT: `use_dora`), or
-        `"adalora"` with a factor for each latent, of which a `RankBudget` keeps the important (arXiv 2303.10512).
+        `"adalora"` with a factor for each latent, where a `RankBudget` keeps the most important (arXiv 2303.10512).
       dtype: dtype the adapter's product is computed in; `None` follows the layer. Factors are kept in float32.
 
     Raises:
       ValueError: an unknown choice, or a value out of range.
+      TypeError: an unknown keyword; for one of PEFT's the message names ours.
+
+    Source: MELoRA (arXiv 2402.17263), section 3.2; the names are those of PEFT's `LoraConfig` where it has one.
 
     >>> MELoRAConfig(n=4, r=2, targets=["query"]).spec("encoder/layer/0/query").rank
     8
@@ -167,6 +182,15 @@ class MELoRAConfig:
     init: Init = "kaiming"
     dtype: str | None = None
     variant: Variant = "plain"
+
+    if not TYPE_CHECKING:
+
+        def __new__(cls, *args: Any, **settings: Any) -> MELoRAConfig:
+            known = [field.name for field in dataclasses.fields(cls)]
+            for name in settings:
+                if name not in known:
+                    raise TypeError(validation.unknown_setting(name, known, "MELoRAConfig"))
+            return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for name in _NAMES:
@@ -227,6 +251,29 @@ class MELoRAConfig:
         except ValueError as error:
             raise ValueError(f"{error} (at {path})" if path else str(error)) from None
 
+    def spec_of(self, paths: Sequence[str]) -> AdapterSpec:
+        """The adapter of a layer with several paths: that of the first path with an override, else of the first.
+
+        Raises:
+          ValueError: overrides that do not fit together, naming the path.
+        """
+        overrides = (*self.n_pattern, *self.rank_pattern, *self.alpha_pattern)
+        overridden = (path for path in paths if any(matches(pattern, path) for pattern in overrides))
+        return self.spec(next(overridden, paths[0]))
+
+    def require_overrides(self, adapted: Sequence[Sequence[str]]) -> None:
+        """Raises ValueError if an override matches none of the adapted layers, given by the paths that lead to each."""
+        for field in _PATTERNS:
+            for pattern in getattr(self, field):
+                if not any(matches(pattern, path) for paths in adapted for path in paths):
+                    first = f"the first is {adapted[0][0]}" if adapted else "there is none"
+                    raise ValueError(f"{field}: {pattern!r} matches no adapted layer; {first}")
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of adapter that every site gets; `melora_jax.adapters.kind_of` gives its class."""
+        return _kind(self.init, self.variant)
+
     def to_json(self) -> str:
         """The config as one JSON object, keys in the order of the fields."""
         return json.dumps(dataclasses.asdict(self))
@@ -247,10 +294,18 @@ class MELoRAConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         for key in values:
             if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = f"perhaps {near[0]!r}" if near else f"known are {', '.join(known)}"
-                raise ValueError(f"unknown key {key!r} in the adapter config; {hint}")
+                raise ValueError(validation.unknown_setting(key, known, "the adapter config"))
         return cls(**values)
+
+
+class Named(Protocol):
+    """Something with names: every path that leads to it."""
+
+    @property
+    def paths(self) -> tuple[str, ...]: ...
+
+
+P = TypeVar("P", bound=Named)
 
 
 def matches(pattern: str, path: str) -> bool:
@@ -267,13 +322,62 @@ def matches(pattern: str, path: str) -> bool:
 
 
 def is_suffix(name: str, path: str) -> bool:
-    """Whether `name`, written with "." or "/", is `path` or its last whole names."""
+    """Whether `name`, written with "." or "/", is all of `path` or the whole names at its end."""
     return ("/" + path).endswith("/" + name.replace(".", "/"))
 
 
 def first_match(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     """The value of the first pattern that matches `path`, else `default`."""
     return next((value for pattern, value in patterns.items() if matches(pattern, path)), default)
+
+
+def means(names: Sequence[str] | str, paths: Iterable[str]) -> bool:
+    r"""Whether a list of names, or one pattern, means the module that these paths lead to.
+
+    >>> means(["query", "value"], ["layer/0/query"]), means(r"layer/\d/q.*", ["layer/0/query"]), means("", ["query"])
+    (True, True, False)
+    """
+    if isinstance(names, str):
+        return bool(names) and any(matches(names, path) for path in paths)
+    return any(is_suffix(name, path) for name in names for path in paths)
+
+
+def named(field: str, names: Sequence[str] | str, modules: Sequence[P], fault: str = "matches no module") -> list[P]:
+    """The modules that the names, or the one pattern, of a config's field mean.
+
+    Raises:
+      ValueError: a name, or the pattern, means none of them; the message names the nearest there are.
+    """
+    found = [module for module in modules if means(names, module.paths)]
+    if isinstance(names, str) and names and not found:
+        raise ValueError(f"{field}={names!r} {fault}; {_nearest(names, modules)}")
+    for name in () if isinstance(names, str) else names:
+        if not any(means([name], module.paths) for module in found):
+            raise ValueError(f"{field}: {name!r} matches no module; {_nearest(name, modules)}")
+    return found
+
+
+def in_layers(layers: Sequence[int] | None, paths: Iterable[str]) -> bool:
+    """Whether one of these paths lies in a layer of these numbers; None is all."""
+    return layers is None or any(layer_number(path) in layers for path in paths)
+
+
+def layer_number(path: str) -> int | None:
+    """The first name in a path that is a number, else the first that ends in one, as Linen's `layer_0` does."""
+    found = re.search(r"(?:^|/)(\d+)(?:/|$)", path) or re.search(r"_(\d+)(?:/|$)", path)
+    return int(found[1]) if found else None
+
+
+def _nearest(name: str, modules: Iterable[Named]) -> str:
+    """The nearest names there are, or all where none is near."""
+    there = sorted({path.rpartition("/")[2] for module in modules for path in module.paths} - {""})
+    there = [leaf for leaf in there if not leaf.isdigit()]
+    near = difflib.get_close_matches(name.replace(".", "/").rpartition("/")[2], there, n=3)
+    return f"perhaps {' or '.join(map(repr, near))}" if near else f"the names there are: {', '.join(there[:20])}"
+
+
+def _kind(init: Init, variant: Variant) -> Kind:
+    return "pissa" if init == "pissa" else variant
 
 
 def _as_tuple(value: Any) -> Any:

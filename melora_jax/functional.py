@@ -24,9 +24,10 @@ from melora_jax.config import AdapterSpec, MELoRAConfig, Strategy
 from melora_jax.core import blocks
 from melora_jax.core.adapter_update import merged_kernel, update_of
 from melora_jax.core.dense_view import DenseView, unadaptable, view_of_general
+from melora_jax.core.initializers import init_factors, start_key
 from melora_jax.core.platform import platform
 from melora_jax.core.products.plan import choose_strategy
-from melora_jax.core.targeting import NamedModule, require_factors_alone, require_patterns, select, spec_of
+from melora_jax.core.targeting import NamedModule, require_factors_alone, selection_of
 from melora_jax.validation import check_sizes
 
 
@@ -87,26 +88,21 @@ def init(kernels: Mapping[str, Any], config: MELoRAConfig, key: Array) -> dict[s
         saved = list(config.modules_to_save)
         raise ValueError(f"modules_to_save={saved} can't be kept in adapters; train these arrays beside them instead")
     named = [NamedModule(tuple(kernel.shape), (path,), len(kernel.shape) == 2) for path, kernel in kernels.items()]
-    kept = select(named, named, config, "array [d_in, d_out]")
-    require_patterns(config, kept)
-    specs = {chosen.paths[0]: _checked_spec(chosen, config) for chosen in kept}
-    return {path: _adapter(path, kernels[path].shape, spec, key) for path, spec in specs.items()}
+    adapted = selection_of(named, config, "array [d_in, d_out]").adapted
+    for module, spec in adapted:
+        _check_shape(module.node, spec, module.paths[0])
+    return {module.paths[0]: _adapter(module.paths[0], module.node, spec, key) for module, spec in adapted}
 
 
-def _checked_spec(chosen: NamedModule, config: MELoRAConfig) -> AdapterSpec:
-    path, spec = chosen.paths[0], spec_of(chosen, config)
-    if len(chosen.node) != 2:
-        raise unadaptable(path, f"its shape {list(chosen.node)} is not [d_in, d_out]")
-    d_in, d_out = chosen.node
-    check_sizes(d_in, d_out, spec.n, path)
-    return spec
+def _check_shape(shape: tuple[int, ...], spec: AdapterSpec, path: str) -> None:
+    if len(shape) != 2:
+        raise unadaptable(path, f"its shape {list(shape)} is not [d_in, d_out]")
+    check_sizes(*shape, spec.n, path)
 
 
 def _adapter(path: str, shape: tuple[int, int], spec: AdapterSpec, key: Array) -> Adapter:
-    if spec.strategy == "merged":
-        raise ValueError(f'strategy="merged" at {path} is for NNX models, not for bare arrays; use "batched" or "auto"')
     strategy = choose_strategy(spec.strategy, spec.n * max(spec.r), platform())
-    return Adapter(*blocks.init_factors(blocks.start_key(key, path), *shape, spec), path, spec, strategy)
+    return Adapter(*init_factors(start_key(key, path), *shape, spec), path, spec, strategy)
 
 
 def apply(x: Float[Array, "... d_in"], adapter: Adapter) -> Float[Array, "... d_out"]:

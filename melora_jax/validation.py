@@ -11,6 +11,40 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+# What PEFT's LoraConfig calls a setting, and what it is here.
+_PEFT_SETTINGS = {
+    "target_modules": 'called targets here: MELoRAConfig(targets=["query", "value"])',
+    "exclude_modules": 'called exclude here: MELoRAConfig(exclude=["lm_head"])',
+    "lora_r": "called r here, the rank of one mini: MELoRAConfig(n=1, r=8) is LoRA of rank 8",
+    "lora_alpha": "called alpha here: MELoRAConfig(alpha=16)",
+    "lora_dropout": "called dropout here: MELoRAConfig(dropout=0.05)",
+    "layers_to_transform": "called layers here: MELoRAConfig(layers=[0, 1])",
+    "layers_pattern": "not needed: layers=[0, 1] counts by the first number in a path",
+    "use_rslora": 'called scaling here: MELoRAConfig(scaling="rslora")',
+    "use_dora": 'called variant here: MELoRAConfig(variant="dora")',
+    "init_lora_weights": 'called init here: MELoRAConfig(init="kaiming"), or "gaussian", "orthogonal", "pissa"',
+    "lora_bias": 'not there: the factors have no biases; bias="lora_only" trains those of the adapted layers',
+    "task_type": 'not a setting of the adapter: the model has it, from_pretrained(..., task="causal-lm")',
+    "peft_type": "not a setting: every adapter here is a LoRA or MELoRA",
+    "base_model_name_or_path": "not a setting: the model knows where it comes from",
+    "inference_mode": "not a setting: adapters drop nothing outside of dropout_key",
+    "fan_in_fan_out": "not needed: a kernel's layout is read off its layer",
+}
+
+
+def unknown_setting(name: str, known: Sequence[str], where: str) -> str:
+    """The error for an unknown setting of `where`: our word for PEFT's, or the nearest known one.
+
+    >>> unknown_setting("lora_alpha", ["alpha"], "MELoRAConfig")
+    'lora_alpha is called alpha here: MELoRAConfig(alpha=16)'
+    >>> unknown_setting("targts", ["alpha", "targets"], "MELoRAConfig")
+    "unknown key 'targts' in MELoRAConfig; perhaps 'targets'"
+    """
+    if name in _PEFT_SETTINGS:
+        return f"{name} is {_PEFT_SETTINGS[name]}"
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"unknown key {name!r} in {where}; " + (f"perhaps {near[0]!r}" if near else f"known are {', '.join(known)}")
+
 
 def check_choices(settings: Any, known: Mapping[str, Sequence[str | None]]) -> None:
     """Each attribute named in `known` is one of the values there."""
@@ -21,11 +55,11 @@ def check_choices(settings: Any, known: Mapping[str, Sequence[str | None]]) -> N
             raise ValueError(f"{name}={value!r} is unknown; choose {' or '.join(map(repr, near or choices))}")
 
 
-def check_count(name: str, value: Any) -> None:
-    """A whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+def check_count(name: str, value: Any, low: int = 1) -> None:
+    """A whole number of at least `low`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
         many = ", or a list with one for each mini" if name == "r" else ""
-        raise ValueError(f"{name}={value!r} must be a whole number of at least 1{many}")
+        raise ValueError(f"{name}={value!r} must be a whole number of at least {low}{many}")
 
 
 def check_alpha(name: str, value: Any) -> None:

@@ -5,7 +5,9 @@ Imports `nn`, `core` and below.
 
 from melora_jax.adapters.adalora import AdaLoRADense, orthogonality
 from melora_jax.adapters.adapt import adapt, describe
+from melora_jax.adapters.disable import disable_adapters
 from melora_jax.adapters.dora import DoRADense
+from melora_jax.adapters.kinds import kind_of
 from melora_jax.adapters.melora import MELoRADense
 from melora_jax.adapters.merge import merge, unwrap
 from melora_jax.adapters.params import BaseParam, FrozenParam, MELoRAParam
@@ -23,6 +25,8 @@ __all__ = [
     "PiSSADense",
     "adapt",
     "describe",
+    "disable_adapters",
+    "kind_of",
     "merge",
     "orthogonality",
     "unwrap",

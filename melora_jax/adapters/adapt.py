@@ -13,15 +13,15 @@ from typing import Any
 import jax
 from flax import nnx
 
+from melora_jax.adapters.kinds import kind_of
 from melora_jax.adapters.melora import MELoRADense
 from melora_jax.adapters.params import BaseParam, FrozenParam, MELoRAParam, freeze, in_float32, trained
 from melora_jax.adapters.plan import Plan, plan_sites
 from melora_jax.adapters.probing import check_outputs_move
 from melora_jax.adapters.tensor_parallel import factor_sharding, whole_notes
-from melora_jax.adapters.variants import layer_type
 from melora_jax.config import MELoRAConfig
-from melora_jax.core.blocks import start_key
-from melora_jax.core.report import Adaptation, Site, rank_note, served_rank
+from melora_jax.core.initializers import start_key
+from melora_jax.core.report import Adaptation, rank_note, served_rank
 from melora_jax.nn.scan_layers import is_stacked, unstacked
 from melora_jax.nn.sharding import put
 from melora_jax.nn.tree import path_of, rewrite, walk
@@ -65,31 +65,32 @@ def adapt(model: nnx.Module, config: MELoRAConfig, *, rngs: nnx.Rngs, probe: Any
         raise ValueError(
             "the model's layers are stacked; adapt it first, or take them apart with unstack_layers(model)"
         )
+    plan = plan_sites(model, config)
     if probe is not None:
         trial = nnx.clone(model)
-        _put_adapters(trial, config, nnx.Rngs(0))
+        _put_adapters(trial, plan, nnx.Rngs(0))
         check_outputs_move(trial, list(adapters_of(trial).values()), probe)
-    _put_adapters(model, config, rngs)
+    _put_adapters(model, plan, rngs)
     adaptation = describe(model)
     _warn_of_rank(adaptation)
     return adaptation
 
 
-def _put_adapters(model: nnx.Module, config: MELoRAConfig, rngs: nnx.Rngs) -> None:
-    plan = plan_sites(model, config)
+def _put_adapters(model: nnx.Module, plan: Plan, rngs: nnx.Rngs) -> None:
+    layers = {path_of(path): node for path, node in walk(model)}
     key = rngs.params()
     wrapped: dict[int, MELoRADense] = {}
-    for identity, site in plan.sites.items():
-        own = nnx.Rngs(start_key(key, site.path))
-        wrapped[identity] = layer_type(site.spec).wrap(site.layer, site.spec, path=site.path, rngs=own)
-        _place_factors(wrapped[identity])
+    for path, spec in plan.sites.items():
+        adapted = kind_of(spec).wrap(layers[path], spec, path=path, rngs=nnx.Rngs(start_key(key, path)))
+        _place_factors(adapted)
+        wrapped[id(layers[path])] = adapted
     _freeze_base(model, plan)
     rewrite(model, lambda path, node: wrapped.get(id(node), node))
-    setattr(model, CONFIG_ATTRIBUTE, config)
+    setattr(model, CONFIG_ATTRIBUTE, plan.config)
 
 
 def _warn_of_rank(adaptation: Adaptation) -> None:
-    """Says before any training that a serving engine will not take the adapters."""
+    """Warns, before any training, if no serving engine takes the adapters."""
     rank = max((site.rank for site in adaptation.sites), default=0)
     if rank and served_rank(rank) is None:
         _log.warning("exported as plain LoRA, these adapters have rank %d, %s", rank, rank_note(rank))
@@ -110,9 +111,10 @@ def _freeze_base(model: nnx.Module, plan: Plan) -> None:
     def swap(path: Any, node: Any) -> Any:
         if not isinstance(node, nnx.Param):
             return node
-        if id(node) not in fresh:
-            retype = _as_float32 if id(node) in plan.saved_variables else freeze
-            fresh[id(node)] = (trained if id(node) in plan.base_variables else retype)(node)
+        if id(node) not in fresh:  # first asked at the path that names it
+            name = path_of(path)
+            retype = _as_float32 if name in plan.saved else trained if name in plan.base else freeze
+            fresh[id(node)] = retype(node)
         return fresh[id(node)]
 
     rewrite(model, swap)
@@ -158,14 +160,23 @@ def require_live(model: nnx.Module) -> None:
 
 
 def describe(model: nnx.Module) -> Adaptation:
-    """The `Adaptation` of a model that was adapted, counted afresh.
+    """The `Adaptation` of an adapted model, counted from the model as it is.
+
+    Args:
+      model: an adapted model; its layers may be stacked, and its arrays may be shapes.
 
     Raises:
       ValueError: the model was not adapted.
+
+    >>> model = nnx.Sequential(nnx.Linear(4, 6, rngs=nnx.Rngs(0)), nnx.relu)
+    >>> _ = adapt(model, MELoRAConfig(n=2, r=1, targets="all-linear"), rngs=nnx.Rngs(0))
+    >>> found = describe(model)
+    >>> found.sites[0].path, found.trainable, found.frozen
+    ('layers/0', 10, 30)
     """
     config = config_of(model)
     adapters = adapters_of(unstacked(model, nnx.Nothing()))
-    sites = tuple(_site(path, layer) for path, layer in adapters.items())
+    sites = tuple(layer.row(path) for path, layer in adapters.items())
     return Adaptation(
         sites=sites,
         adapter=sum(site.parameters for site in sites),
@@ -181,11 +192,3 @@ def describe(model: nnx.Module) -> Adaptation:
 
 def _size_of(model: nnx.Module, kind: type[nnx.Variable]) -> int:
     return sum(math.prod(variable.shape) for _, variable in nnx.to_flat_state(nnx.state(model, kind)))
-
-
-def _site(path: str, layer: MELoRADense) -> Site:
-    spec, view = layer.spec, layer.view
-    parameters = spec.parameters(view.d_in, view.d_out)
-    return Site(
-        path, view.d_in, view.d_out, spec.n, spec.r, spec.rank, parameters, spec.scaling, spec.mixer, layer.strategy
-    )

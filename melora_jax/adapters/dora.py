@@ -1,8 +1,9 @@
-"""`DoRADense`: the direction of each output's weights by an adapter, their norm by a vector of its own."""
+"""`DoRADense`: an adapter turns the weights of each output, and a vector sets their norms."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,32 +24,47 @@ _ADAPTABLE = (nnx.Linear, nnx.LinearGeneral, QuantizedLinear)
 
 
 class DoRADense(MELoRADense):
-    """A frozen dense layer whose weights are decomposed in magnitude and direction, the direction with n minis.
+    """A frozen dense layer whose weights are split into magnitude and direction; n minis adapt the direction.
 
         y = x·(W + ΔW)·diag(g) + bias,    g = m / ‖W + ΔW‖ over d_in,    ΔW = blockdiag( s_k·A_k·B_k )
 
-    m `[d_out]` starts at ‖W‖, so that g = 1. The norm is taken as a constant in the backward pass (section 4.3 of the
-    paper, as in PEFT). Dropout is of the adapter's input alone; PEFT drops also what (g - 1) multiplies, so with
-    dropout above 0 the two differ. For n=1 it is PEFT's `use_dora`.
+    m `[d_out]`, float32, starts at ‖W‖, so that g = 1. The norm counts as a constant in the backward pass (section 4.3
+    of the paper, as in PEFT). Dropout acts on the adapter's input only; PEFT also drops what (g - 1) multiplies, so the
+    two differ with dropout > 0. With n=1 it is PEFT's `use_dora`.
 
     Source: DoRA (arXiv 2402.09353), equation 5.
 
-    Args and Raises: as `MELoRADense`; an Embed, an Einsum or a mesh are refused too.
+    Args and Raises: as `MELoRADense`; `wrap` refuses an Embed, an Einsum, and a layer on a mesh too.
 
     >>> layer = DoRADense(8, 12, n=4, r=1, rngs=nnx.Rngs(0))
     >>> layer.magnitude.shape
     (12,)
     """
 
+    kind = "dora"
     variant = "dora"
-    extras = ("magnitude",)
+    setting = "variant='dora'"
+    mergeable = False
+    one_device = True
+    low_rank = False
+    peft_settings: ClassVar[Mapping[str, bool]] = {"use_dora": True}
+    peft_tensors: ClassVar[Mapping[str, str]] = {"magnitude": "lora_magnitude_vector"}
 
-    def __init__(self, d_in: int, d_out: int, **settings: Any) -> None:
-        super().__init__(d_in, d_out, **settings)
-        view = self.checked(self.base, self.spec, self.path or type(self).__name__)
-        quantized = isinstance(self.base, QuantizedLinear)
+    @classmethod
+    def shapes(cls, spec: AdapterSpec, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:
+        """Those of MELoRA, and the norms."""
+        return super().shapes(spec, d_in, d_out) | {"magnitude": (d_out,)}
+
+    @classmethod
+    def parameters(cls, spec: AdapterSpec, d_in: int, d_out: int) -> int:
+        """Those of MELoRA and d_out norms."""
+        return super().parameters(spec, d_in, d_out) + d_out
+
+    def _start(self, key: jax.Array, d_in: int, d_out: int) -> tuple[jax.Array, jax.Array]:
+        view, quantized = self.view, isinstance(self.base, QuantizedLinear)
         kernel = self.base.kernel if quantized else self.kernel_variable.get_raw_value()
         self.magnitude = MELoRAParam(from_kernel(lambda kernel: _norms(view.flatten_kernel(kernel)), kernel))
+        return super()._start(key, d_in, d_out)
 
     @classmethod
     def checked(cls, layer: nnx.Module, spec: AdapterSpec, path: str) -> DenseView:
@@ -56,22 +72,24 @@ class DoRADense(MELoRADense):
         view = super().checked(layer, spec, path)
         if not isinstance(layer, _ADAPTABLE):
             kind = type(layer).__name__
-            raise unadaptable(path, f"variant='dora' scales the outputs of a Linear or LinearGeneral, not of {kind}")
+            raise unadaptable(path, f"{cls.setting} scales the outputs of a Linear or LinearGeneral, not of {kind}")
         if not isinstance(layer, QuantizedLinear):
-            refuse_mesh(getattr(layer, view.kernel_name), "variant='dora'", path)
+            refuse_mesh(getattr(layer, view.kernel_name), cls.setting, path)
         return view
 
     def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         """The layer's output with its adapter; further arguments go to the base layer."""
+        if not self.enabled:
+            return self.base(x, *args, **kwargs)
         if active_mesh() is not None:
             raise ValueError(
-                f"variant='dora' at {self.path} does not run on a mesh; take a plain adapter, or one device"
+                f"{self.setting} at {self.path} does not run on a mesh; take a plain adapter, or one device"
             )
         y, view = self.base(x, *args, **kwargs), self.view
         update = update_of(self, view, x, y, *self.factors())
         gain = self.gain().reshape(view.out_shape)
         bias = 0 if self.base.bias is None else self.base.bias[...].astype(y.dtype)
-        # so that the output is the base's own where g is 1
+        # In this form the output is exactly the base's where g is 1.
         return y + (gain - 1).astype(y.dtype) * (y - bias) + gain.astype(y.dtype) * update
 
     def gain(self) -> Float[Array, " d_out"]:
@@ -84,7 +102,7 @@ class DoRADense(MELoRADense):
         return self.view.flatten_kernel(kernel).astype(jnp.float32) + super().delta()
 
     def delta(self) -> jax.Array:
-        """What training changed, (W + ΔW)·diag(g) - W, as a flat `[d_in, d_out]` array in float32; of no low rank."""
+        """What training changed, (W + ΔW)·diag(g) - W, as a flat `[d_in, d_out]` array in float32 of any rank."""
         kernel = getattr(self.base, self.view.kernel_name)[...]
         return self._direction() * self.gain() - self.view.flatten_kernel(kernel).astype(jnp.float32)
 

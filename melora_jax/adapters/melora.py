@@ -12,8 +12,7 @@ The tree of a layer before and after `adapt`::
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -27,7 +26,7 @@ from melora_jax.adapters.layer_strategy import chosen_strategy, strategy_on, sum
 from melora_jax.adapters.merged_output import merged_output, why_unmergeable_on
 from melora_jax.adapters.params import MELoRAParam, freeze
 from melora_jax.adapters.tensor_parallel import product_with_adapter
-from melora_jax.config import AdapterSpec, Init, Mixer, Scaling, Strategy, Variant
+from melora_jax.config import AdapterSpec, Init, Kind, Mixer, Scaling, Strategy, Variant
 from melora_jax.core import blocks
 from melora_jax.core.adapter_update import (
     Adapter,
@@ -38,6 +37,8 @@ from melora_jax.core.adapter_update import (
     update_of,
 )
 from melora_jax.core.dense_view import DenseView, view_at_call
+from melora_jax.core.initializers import init_factors
+from melora_jax.core.report import Site
 from melora_jax.nn.layer_view import checked_view, view_of
 from melora_jax.nn.parallel import ParallelLinear
 from melora_jax.nn.quantized import QuantizedLinear
@@ -53,7 +54,7 @@ class MELoRADense(nnx.Module):
     write models; `MELoRADense.wrap(layer, ...)` is what `adapt` puts around an existing one.
 
     Args:
-      d_in, d_out: sizes of the input and the output. Input `[..., d_in]`, output `[..., d_out]`.
+      d_in, d_out: sizes of the input and the output. Input `[..., d_in]` of any float dtype, output `[..., d_out]`.
       n, r, alpha, dropout, scaling, mixer, strategy, init: as in `MELoRAConfig`.
       use_bias, param_dtype: whether a new base has a bias, and the dtype of its parameters. The factors are float32.
       dtype: dtype of the computation; `None` promotes the input's and the parameters'.
@@ -69,8 +70,25 @@ class MELoRADense(nnx.Module):
     ((2, 12), (4, 2, 1), (4, 1, 3))
     """
 
+    # What a kind of adapter says of itself; the others are DoRADense, AdaLoRADense and PiSSADense.
+    kind: ClassVar[Kind] = "plain"
     variant: ClassVar[Variant] = "plain"
-    extras: ClassVar[tuple[str, ...]] = ()  # the variables that make up the adapter beside a and b
+    setting: ClassVar[str] = "variant='plain'"
+    """What asks for it in a config, for messages."""
+    mergeable: ClassVar[bool] = True
+    """Whether `strategy="merged"` can form W + ΔW as the sum of W and s·A·B."""
+    one_device: ClassVar[bool] = False
+    """Whether it runs on one device alone."""
+    alpha_varies: ClassVar[bool] = True
+    """Whether the members of a population may differ in alpha, by way of B."""
+    has_budget: ClassVar[bool] = False
+    """Whether a `RankBudget` applies."""
+    low_rank: ClassVar[bool] = True
+    """Whether the update is that of the plain MELoRA which `plain` gives."""
+    peft_settings: ClassVar[Mapping[str, bool]] = {"use_dora": False}
+    """What PEFT's adapter_config.json says of it."""
+    peft_tensors: ClassVar[Mapping[str, str]] = {}
+    """What PEFT calls the arrays beside A and B that its own file of this kind holds."""
 
     def __init__(
         self,
@@ -91,8 +109,10 @@ class MELoRADense(nnx.Module):
         base: nnx.Module | None = None,
         path: str = "",
         rngs: nnx.Rngs,
+        _spec: AdapterSpec | None = None,  # `wrap` hands on the settings as they are, in place of n ... init
     ):
-        self.spec = AdapterSpec(
+        where = path or type(self).__name__
+        self.spec = _spec or AdapterSpec(
             n=n,
             r=tuple(r) if isinstance(r, Sequence) else (r,) * n,
             alpha=tuple(map(float, alpha)) if isinstance(alpha, Sequence) else (float(alpha),) * n,
@@ -104,13 +124,17 @@ class MELoRADense(nnx.Module):
             dtype=None if dtype is None else jnp.dtype(dtype).name,
             variant=self.variant,
         )
-        validation.check_sizes(d_in, d_out, n, path or type(self).__name__)
         if base is None:
+            self._require_kind(self.spec, where)
+            validation.check_sizes(d_in, d_out, n, where)
             base = nnx.Linear(d_in, d_out, use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
             for name, parameter in nnx.state(base, nnx.Param).items():
                 setattr(base, str(name), freeze(parameter))
+        else:
+            self.checked(base, self.spec, where)
         self.base: Any = base
         self.path = path
+        self.enabled = True  # see `disable_adapters`
         a, b = self._start(rngs.params(), d_in, d_out)
         self.a = MELoRAParam(a)
         self.b = MELoRAParam(b)
@@ -122,30 +146,79 @@ class MELoRADense(nnx.Module):
 
         Args:
           layer: an `nnx.Linear`, `LinearGeneral`, `Einsum` or `Embed`.
-          spec: the adapter.
+          spec: the settings of an adapter of this kind.
           path: the layer's place in its model, for errors and the dropout stream.
           rngs: source of A's start values.
 
         Raises:
-          ValueError: a layer without a flat kernel, or sizes that n does not divide.
+          ValueError: a layer without a flat kernel, sizes that n does not divide, or settings of another kind.
         """
         view = cls.checked(layer, spec, path)
-        options = dataclasses.asdict(spec)
-        del options["variant"]
-        return cls(view.d_in, view.d_out, **options, base=layer, path=path, rngs=rngs)
+        return cls(view.d_in, view.d_out, base=layer, path=path, rngs=rngs, _spec=spec)
 
     @classmethod
     def checked(cls, layer: nnx.Module, spec: AdapterSpec, path: str) -> DenseView:
         """The flat view of a layer that this adapter can be put on.
 
         Raises:
-          ValueError: it has none, or n does not divide it; both name the path and the remedy.
+          ValueError: it has none, n does not divide it, or the settings are of another kind; all name the path.
         """
+        cls._require_kind(spec, path)
         return checked_view(layer, spec.n, path)
+
+    @classmethod
+    def _require_kind(cls, spec: AdapterSpec, where: str) -> None:
+        if spec.kind != cls.kind:
+            given = f"{cls.__name__} is for {cls.setting}, and the settings of {where} are of kind {spec.kind!r}"
+            raise ValueError(f"{given}; take the class that melora_jax.adapters.kind_of gives")
+
+    @classmethod
+    def shapes(cls, spec: AdapterSpec, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of the arrays that make up an adapter of this kind and are saved, by name: a, b and others."""
+        return spec.shapes(d_in, d_out)
+
+    @classmethod
+    def parameters(cls, spec: AdapterSpec, d_in: int, d_out: int) -> int:
+        """How many numbers an adapter of this kind trains at a layer of these sizes, without padding."""
+        return spec.parameters(d_in, d_out)
+
+    @classmethod
+    def product_spec(cls, spec: AdapterSpec) -> AdapterSpec:
+        """The settings of the plain adapter whose product an adapter of this kind computes."""
+        return spec
+
+    @classmethod
+    def plain(cls, spec: AdapterSpec, arrays: Mapping[str, np.ndarray]) -> tuple[AdapterSpec, np.ndarray, np.ndarray]:
+        """The settings and factors of the plain MELoRA that has the same update, as exports and arithmetic need it.
+
+        Of DoRA, whose update has no low rank, it is the one before the normalisation.
+        """
+        return spec, arrays["a"], arrays["b"]
+
+    @property
+    def arrays(self) -> dict[str, nnx.Variable]:
+        """The variables that make up the adapter and are saved, by name."""
+        return {name: getattr(self, name) for name in self.shapes(self.spec, self.view.d_in, self.view.d_out)}
+
+    def row(self, path: str) -> Site:
+        """The adapter as `describe` reports it."""
+        spec, sizes = self.spec, (self.view.d_in, self.view.d_out)
+        rank, parameters = self.product_spec(spec).rank, self.parameters(spec, *sizes)
+        return Site.of(path, spec, sizes, rank=rank, parameters=parameters, strategy=self.strategy)
+
+    def multiply_alpha(self, factor: jax.Array) -> None:
+        """Multiplies the update by `factor`, as a member of a population whose alpha differs from the model's needs it.
+
+        Raises:
+          ValueError: of this kind alpha is more than a factor of the update.
+        """
+        if not self.alpha_varies:
+            raise ValueError(f"{self.setting} at {self.path}: members of a population must share alpha; leave it out")
+        self.b.set_value(self.b[...] * factor)
 
     def _start(self, key: jax.Array, d_in: int, d_out: int) -> tuple[jax.Array, jax.Array]:
         """Start values of a and b."""
-        return blocks.init_factors(key, d_in, d_out, self.spec)
+        return init_factors(key, d_in, d_out, self.spec)
 
     @property
     def product(self) -> Adapter:
@@ -173,6 +246,8 @@ class MELoRADense(nnx.Module):
 
     def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         """The base layer's output plus the adapter's; further arguments go to the base layer."""
+        if not self.enabled:
+            return self.base(x, *args, **kwargs)
         mesh = self._own_mesh()
         if self.strategy == "merged" and self._merges(x, mesh):
             return merged_output(self.base, x, *self.factors(), self.spec, mesh)
@@ -186,8 +261,8 @@ class MELoRADense(nnx.Module):
         return output_with_update(*given) if sums_whole(self.base, n, r) else y + update_of(*given)
 
     def _chosen_strategy(self) -> Strategy:
-        product, kind = self.product.spec, type(self)
-        variant = None if kind is MELoRADense else kind.__name__
+        product = self.product.spec
+        variant = None if self.mergeable else type(self).__name__
         return chosen_strategy(self.base, self.spec, product.n * max(product.r), variant, self.path)
 
     def _own_mesh(self) -> AbstractMesh | None:
@@ -222,7 +297,7 @@ class MELoRADense(nnx.Module):
         if not isinstance(self.base, nnx.Embed):
             raise AttributeError(f"{type(self.base).__name__!r} at {self.path} has no attend; only an Embed has")
         y = self.base.attend(query, **kwargs)
-        return y + attend_update(self.product, self.view, query, y, *self.factors())
+        return y if not self.enabled else y + attend_update(self.product, self.view, query, y, *self.factors())
 
     def delta(self) -> jax.Array:
         """ΔW as a flat `[d_in, d_out]` array in float32."""

@@ -36,6 +36,9 @@ def merge(model: nnx.Module) -> nnx.Module:
     "melora_jax" says how many there were. A kernel that was tied to an unadapted layer is untied: only the adapted
     layer's copy changes. `model` is left as it was.
 
+    Args:
+      model: an adapted model, whose layers may be stacked, or one adapted layer.
+
     Raises:
       ValueError: there is nothing to merge, or a training step has deleted the model's arrays.
 
@@ -53,11 +56,19 @@ def unwrap(model: M) -> M: ...
 def unwrap(model: nnx.Module) -> nnx.Module:
     """A new model: the base without its adapters, parameters typed and valued as before `adapt`.
 
-    Modules in `modules_to_save`, and what of the base was trained itself, keep what they learned. `model` is left as
-    it was.
+    Modules of `modules_to_save`, and parameters of the base that were trained, keep what they learned. `model` is left
+    as it was.
+
+    Args:
+      model: an adapted model, whose layers may be stacked, or one adapted layer.
 
     Raises:
       ValueError: the model has no adapters, or a training step has deleted its arrays.
+
+    >>> layer = MELoRADense(8, 12, n=4, rngs=nnx.Rngs(0))
+    >>> plain = unwrap(layer)
+    >>> type(plain).__name__, bool((plain.kernel == layer.base.kernel).all())
+    ('Linear', True)
     """
     return _plain(model, merged=False)
 

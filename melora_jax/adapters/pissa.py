@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from melora_jax.adapters.melora import MELoRADense
@@ -24,28 +26,50 @@ class PiSSADense(MELoRADense):
 
         y = x·W + bias + concat_k( s_k · x_k·(A_k·B_k - A_k0·B_k0) ),    s_k·A_k0·B_k0 = best rank-r_k part of W_kk
 
-    which is PiSSA's x·(W - s·A_0·B_0) + s·x·A·B: equal in function and gradients, with the base bit for bit as it was.
-    For n=1 it is PEFT's `init_lora_weights="pissa"`. `a_start` and `b_start` are saved with the adapter; as plain
-    LoRA it has rank 2·Σ r_k.
+    This is PiSSA's x·(W - s·A_0·B_0) + s·x·A·B, with the same gradients, and leaves the base bit for bit as it was.
+    With n=1 it is PEFT's `init_lora_weights="pissa"`. `a_start` `[n i r]` and `b_start` `[n r o]`, float32, are saved
+    with the adapter; as plain LoRA it has rank 2·Σ r_k.
 
     Source: PiSSA (arXiv 2404.02948), section 3.
 
-    Args and Raises: as `MELoRADense`; a quantised layer, a mesh, or a rank above a block's smaller side is refused.
+    Args and Raises: as `MELoRADense`, with `init="pissa"`; a rank above the smaller side of a block is refused, and by
+    `wrap` a layer that is quantised or on a mesh.
 
     >>> layer = PiSSADense(8, 12, n=4, r=2, init="pissa", rngs=nnx.Rngs(0))
     >>> layer.a_start.shape, layer.packed_factors()[0].shape
     ((4, 2, 2), (8, 16))
     """
 
-    extras = ("a_start", "b_start")
+    kind = "pissa"
+    setting = "init='pissa'"
+    mergeable = False
+    one_device = True
+    alpha_varies = False  # the start has its own
+
+    @classmethod
+    def shapes(cls, spec: AdapterSpec, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:
+        """Those of MELoRA, and the start values of both factors."""
+        factors = super().shapes(spec, d_in, d_out)
+        return factors | {f"{name}_start": shape for name, shape in factors.items()}
+
+    @classmethod
+    def product_spec(cls, spec: AdapterSpec) -> AdapterSpec:
+        """The difference from the start, as a plain adapter of twice the ranks."""
+        return difference_spec(spec)
+
+    @classmethod
+    def plain(cls, spec: AdapterSpec, arrays: Mapping[str, np.ndarray]) -> tuple[AdapterSpec, np.ndarray, np.ndarray]:
+        """The difference from the start, at twice the ranks."""
+        a, b = difference(*(jnp.asarray(arrays[name]) for name in ("a", "b", "a_start", "b_start")))
+        return difference_spec(spec), np.asarray(a), np.asarray(b)
 
     @classmethod
     def checked(cls, layer: nnx.Module, spec: AdapterSpec, path: str) -> DenseView:
         """As `MELoRADense.checked`; a quantised layer, or one on a mesh, is refused too."""
         view = super().checked(layer, spec, path)
         if isinstance(layer, QuantizedLinear):
-            raise unadaptable(path, f"init='pissa' splits a kernel, and this one is quantised to {layer.qtype}")
-        refuse_mesh(getattr(layer, view.kernel_name), "init='pissa'", path)
+            raise unadaptable(path, f"{cls.setting} splits a kernel, and this one is quantised to {layer.qtype}")
+        refuse_mesh(getattr(layer, view.kernel_name), cls.setting, path)
         return view
 
     def _start(self, key: jax.Array, d_in: int, d_out: int) -> tuple[jax.Array, jax.Array]:
@@ -55,13 +79,13 @@ class PiSSADense(MELoRADense):
         except ValueError as error:
             raise ValueError(f"{error} (at {self.path})" if self.path else str(error)) from None
         self.a_start, self.b_start = map(StartParam, start)
-        # copies: a step that donates the factors must not take their start along
+        # Copies, since a step that donates the factors must not delete their start.
         return from_kernel(jnp.copy, start[0]), from_kernel(jnp.copy, start[1])
 
     @property
     def product(self) -> Adapter:
         """The difference, as a plain adapter of twice the ranks."""
-        return _Difference(difference_spec(self.spec), self)
+        return _Difference(self.product_spec(self.spec), self)
 
     def factors(self) -> tuple[jax.Array, jax.Array]:
         """Factors of A·B - A_0·B_0, `[n i 2r]` and `[n 2r o]`."""

@@ -1,17 +1,21 @@
-"""Which modules a config names: sites to adapt and modules to train whole, all checked before anything changes."""
+"""What `adapt` does to a model, by path: which layers get an adapter, and what is trained beside them.
+
+Everything is checked here, before anything changes.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flax import nnx
 
+from melora_jax.adapters.kinds import kind_of
 from melora_jax.adapters.melora import MELoRADense
 from melora_jax.adapters.params import FrozenParam
-from melora_jax.adapters.variants import layer_type
 from melora_jax.config import AdapterSpec, MELoRAConfig
-from melora_jax.core.targeting import NamedModule, modules_to_save, require_patterns, select, spec_of
+from melora_jax.core.targeting import NamedModule, selection_of
 from melora_jax.nn.quantized import QuantizedLinear
 from melora_jax.nn.tree import children, path_of, walk
 
@@ -19,27 +23,20 @@ LINEAR = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, QuantizedLinear)
 
 
 @dataclasses.dataclass(frozen=True)
-class PlannedSite:
-    """A layer that will be adapted."""
-
-    path: str
-    layer: nnx.Module
-    spec: AdapterSpec
-
-
-@dataclasses.dataclass(frozen=True)
 class Plan:
-    """The sites by the identity of their layer, and the identities of the variables that are trained beside them.
+    """What `adapt` does to a model. A shared variable goes by the first path that leads to it.
 
     Attributes:
-      sites: what gets an adapter.
-      saved_variables: those of `modules_to_save`.
-      base_variables: those of the base: biases, or all.
+      config: what was asked for.
+      sites: the settings of each adapter, by the path of its layer.
+      saved: paths of the variables of `modules_to_save`.
+      base: paths of the base's variables that are trained: biases, or all.
     """
 
-    sites: dict[int, PlannedSite]
-    saved_variables: frozenset[int]
-    base_variables: frozenset[int] = frozenset()
+    config: MELoRAConfig
+    sites: Mapping[str, AdapterSpec]
+    saved: frozenset[str]
+    base: frozenset[str]
 
 
 def plan_sites(model: nnx.Module, config: MELoRAConfig) -> Plan:
@@ -51,34 +48,43 @@ def plan_sites(model: nnx.Module, config: MELoRAConfig) -> Plan:
     """
     _require_host(model)
     modules = _modules_of(model)
-    saved = modules_to_save(modules, config)
-    _refuse_quantized(saved, "modules_to_save")
-    saved_variables = _variables_under([module.node for module in saved])
-    _refuse_shared(model, saved_variables, {id(module.node) for module in saved})
-    inside_saved = {id(node) for module in saved for _, node in walk(module.node)}
-    candidates = [module for module in modules if id(module.node) not in inside_saved and module.node is not model]
-    kept = select(modules, candidates, config, "Linear, LinearGeneral or Einsum")
-    sites = {id(module.node): _planned(module, config) for module in kept}
-    require_patterns(config, kept)
-    base_variables = _base_variables(model, config, [module.node for module in kept]) - saved_variables
-    return Plan(sites, frozenset(saved_variables), frozenset(base_variables))
-
-
-def _base_variables(model: nnx.Module, config: MELoRAConfig, adapted: list[nnx.Module]) -> set[int]:
-    """The variables of the base that are trained, those of `modules_to_save` among them."""
+    selected = selection_of(modules, config, "Linear, LinearGeneral or Einsum")
+    for module, spec in selected.adapted:
+        kind_of(spec).checked(module.node, spec, module.paths[0])
+    saved = _variables_under(module.node for module in selected.saved)
+    _refuse_quantized(selected.saved, "modules_to_save")
+    _refuse_shared(model, saved, {id(module.node) for module in selected.saved})
+    base: set[int] = set()
     if config.train_base:
         _refuse_quantized([NamedModule(model, ("",), False)], "train_base")
-        return _variables_under([model])
-    roots = {"none": [], "all": [model], "lora_only": adapted}[config.bias]
-    biases = {
+        base = _variables_under([model])
+    elif config.bias == "all":
+        base = _biases_under([model])
+    elif config.bias == "lora_only":
+        base = _biases_under(module.node for module, _ in selected.adapted)
+    if config.bias != "none" and not base:
+        raise ValueError(f'bias="{config.bias}" finds no bias in this model; take bias="none"')
+    sites = {module.paths[0]: spec for module, spec in selected.adapted}
+    return Plan(config, sites, _names_of(model, saved), _names_of(model, base - saved))
+
+
+def _names_of(model: nnx.Module, variables: set[int]) -> frozenset[str]:
+    """The first path that leads to each of these variables."""
+    names: dict[int, str] = {}
+    for path, node in walk(model):
+        if id(node) in variables:
+            names.setdefault(id(node), path_of(path))
+    return frozenset(names.values())
+
+
+def _biases_under(roots: Iterable[nnx.Module]) -> set[int]:
+    """The variables below these modules whose last name has "bias" in it, by identity."""
+    return {
         id(node)
         for root in roots
         for path, node in walk(root)
         if isinstance(node, nnx.Param) and "bias" in path_of(path[-1:])
     }
-    if roots and not biases:
-        raise ValueError(f'bias="{config.bias}" finds no bias in this model; take bias="none"')
-    return biases
 
 
 def _require_host(model: nnx.Module) -> None:
@@ -101,6 +107,11 @@ def _require_host(model: nnx.Module) -> None:
 
 
 def _modules_of(model: nnx.Module) -> list[NamedModule]:
+    """The modules below the model, by every path that leads to each.
+
+    Raises:
+      ValueError: there are adapters among them.
+    """
     nodes: dict[int, nnx.Module] = {}
     paths: dict[int, list[str]] = {}
     for path, node in walk(model):
@@ -118,20 +129,16 @@ def _modules_of(model: nnx.Module) -> list[NamedModule]:
     return [
         NamedModule(node, tuple(paths[identity]), isinstance(node, LINEAR) and identity not in outputs)
         for identity, node in nodes.items()
+        if node is not model
     ]
 
 
-def _planned(module: NamedModule, config: MELoRAConfig) -> PlannedSite:
-    path, spec = module.paths[0], spec_of(module, config)
-    layer_type(spec).checked(module.node, spec, path)
-    return PlannedSite(path, module.node, spec)
-
-
-def _variables_under(nodes: list[nnx.Module]) -> set[int]:
+def _variables_under(nodes: Iterable[nnx.Module]) -> set[int]:
+    """The parameters below these modules, by identity."""
     return {id(node) for root in nodes for _, node in walk(root) if isinstance(node, nnx.Param)}
 
 
-def _refuse_quantized(saved: list[NamedModule], key: str) -> None:
+def _refuse_quantized(saved: Iterable[NamedModule], key: str) -> None:
     for module in saved:
         for path, node in walk(module.node):
             if isinstance(node, QuantizedLinear):

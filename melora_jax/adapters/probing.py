@@ -1,4 +1,4 @@
-"""Finds adapters that the host model bypasses, by perturbing each and looking at the output."""
+"""Finds adapters that the model bypasses: each is perturbed, and the output must change."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def check_outputs_move(model: nnx.Module, layers: list[MELoRADense], probe: Any)
     """Runs `model` on `probe` once as it is and once for each adapter with a non-zero B.
 
     Args:
-      model: an adapted model; its factors and state are the same afterwards.
+      model: an adapted model; its factors and state are unchanged afterwards.
       layers: its adapters.
       probe: positional arguments as a tuple, or one array.
 
     Raises:
-      ValueError: naming the sites whose perturbation leaves every output as it was.
+      ValueError: a perturbed adapter changes no output; the message names all such sites.
     """
     arguments = probe if isinstance(probe, tuple) else (probe,)
     graphdef, state = nnx.split(model)
@@ -41,9 +41,8 @@ def check_outputs_move(model: nnx.Module, layers: list[MELoRADense], probe: Any)
 
 
 def _perturbed(model: nnx.Module, layer: MELoRADense) -> nnx.State:
-    """The model's state with ones in this layer's B, and what else of it may start at zero; the model as it was."""
-    moved = [getattr(layer, name) for name in ("b", *layer.extras)]
-    moved = [variable for variable in moved if isinstance(variable, MELoRAParam)]
+    """The model's state with ones in this layer's B and in the other trained arrays of its kind; the model is kept."""
+    moved = [var for name, var in layer.arrays.items() if name != "a" and isinstance(var, MELoRAParam)]
     kept = [variable[...] for variable in moved]
     for variable, value in zip(moved, kept, strict=True):
         variable[...] = jnp.ones_like(value)

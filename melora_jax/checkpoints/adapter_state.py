@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from melora_jax.adapters.kinds import kind_of
 from melora_jax.config import AdapterSpec, Bias, MELoRAConfig
 
 FORMAT_VERSION = 1
@@ -46,11 +47,8 @@ def extra_shapes(spec: AdapterSpec, d_in: int, d_out: int) -> dict[str, tuple[in
     >>> extra_shapes(AdapterSpec(n=2, r=(3, 3), alpha=(1.0, 1.0), variant="adalora"), 4, 6)
     {'e': (2, 3)}
     """
-    n, r = spec.n, max(spec.r)
-    if spec.init == "pissa":
-        return {"a_start": (n, d_in // n, r), "b_start": (n, r, d_out // n)}
-    variants: dict[str, dict[str, tuple[int, ...]]] = {"dora": {"magnitude": (d_out,)}, "adalora": {"e": (n, r)}}
-    return variants.get(spec.variant, {})
+    shapes = kind_of(spec).shapes(spec, d_in, d_out)
+    return {name: shape for name, shape in shapes.items() if name not in ("a", "b")}
 
 
 @dataclasses.dataclass(frozen=True)

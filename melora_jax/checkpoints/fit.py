@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from flax import nnx
 
 from melora_jax.adapters.adapt import CONFIG_ATTRIBUTE, adapters_of, config_of
+from melora_jax.adapters.kinds import kind_of
 from melora_jax.adapters.params import MELoRAParam
 from melora_jax.adapters.plan import plan_sites
-from melora_jax.checkpoints.adapter_state import AdapterTree, extra_shapes
+from melora_jax.checkpoints.adapter_state import AdapterTree
 from melora_jax.config import AdapterSpec, MELoRAConfig
 from melora_jax.core.dense_view import DenseView
 from melora_jax.nn.layer_view import view_of
@@ -44,7 +46,7 @@ def require_same_factors(model: nnx.Module, tree: AdapterTree, folder: str | Pat
                     "with the same settings"
                 )
         shapes = _factor_shapes(path, spec, layer.view)
-        if ("pissa" in (spec.init, given.init)) and spec.init != given.init:
+        if spec.kind != given.kind:
             raise ValueError(
                 f"the factors in {folder} do not fit: at {path} their init is {given.init!r}, here it is {spec.init!r},"
                 " and PiSSA's are differences from its start; adapt with the same init"
@@ -83,15 +85,11 @@ def _needs_of_plain(model: nnx.Module, config: MELoRAConfig, folder: str | Path)
         plan = plan_sites(model, config)
     except ValueError as error:
         raise ValueError(f"the adapter in {folder} does not fit this model: {error}") from None
-    shapes: dict[str, tuple[int, ...]] = {}
-    named: set[int] = set()
-    for path, node in walk(model):
-        if id(node) in (plan.saved_variables | plan.base_variables) - named:
-            shapes[path_of(path)] = node.shape
-            named.add(id(node))
-    for site in plan.sites.values():
-        shapes |= _factor_shapes(site.path, site.spec, view_of(site.layer))
-    return {site.path: site.spec for site in plan.sites.values()}, shapes
+    nodes: dict[str, Any] = {path_of(path): node for path, node in walk(model)}
+    shapes = {path: nodes[path].shape for path in plan.saved | plan.base}
+    for path, spec in plan.sites.items():
+        shapes |= _factor_shapes(path, spec, view_of(nodes[path]))
+    return dict(plan.sites), shapes
 
 
 def _needs_of_adapted(model: nnx.Module) -> _Needs:
@@ -102,9 +100,8 @@ def _needs_of_adapted(model: nnx.Module) -> _Needs:
 
 
 def _factor_shapes(path: str, spec: AdapterSpec, view: DenseView) -> dict[str, tuple[int, ...]]:
-    n, r = spec.n, max(spec.r)
-    factors = {"a": (n, view.d_in // n, r), "b": (n, r, view.d_out // n)} | extra_shapes(spec, view.d_in, view.d_out)
-    return {f"{path}/{name}": shape for name, shape in factors.items()}
+    shapes = kind_of(spec).shapes(spec, view.d_in, view.d_out)
+    return {f"{path}/{name}": shape for name, shape in shapes.items()}
 
 
 def _require_same_config(model: nnx.Module, tree: AdapterTree, folder: str | Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from melora_jax.adapters.kinds import kind_of
 from melora_jax.checkpoints.adapter_state import AdapterTree
 from melora_jax.checkpoints.factors import plain_factors
 from melora_jax.checkpoints.linear import plain_site
@@ -101,7 +102,7 @@ def inspect_adapter(folder: str | Path) -> Inspection:
     """
     folder = Path(folder)
     tree = read_any(folder)
-    factors = sum(site.spec.parameters(site.d_in, site.d_out) for site in tree.sites.values())
+    factors = sum(kind_of(site.spec).parameters(site.spec, site.d_in, site.d_out) for site in tree.sites.values())
     kind, served = _served(folder, tree)
     return Inspection(
         folder=folder,

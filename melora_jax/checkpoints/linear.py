@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax.numpy as jnp
-import numpy as np
-
+from melora_jax.adapters.kinds import kind_of
 from melora_jax.checkpoints.adapter_state import AdapterTree, SiteFactors, config_of_sites
-from melora_jax.core.initializers import difference, difference_spec
 
 
 def as_plain(tree: AdapterTree, why: str) -> AdapterTree:
@@ -22,7 +19,7 @@ def as_plain(tree: AdapterTree, why: str) -> AdapterTree:
       ValueError: a site is DoRA's, whose update has no low rank.
     """
     for path, site in tree.sites.items():
-        if site.spec.variant == "dora":
+        if not kind_of(site.spec).low_rank:
             raise ValueError(f"{path} is DoRA's, and {why}; merge the model instead, DoRA's update has no low rank")
     sites = {path: plain_site(site) for path, site in tree.sites.items()}
     if all(sites[path] is site for path, site in tree.sites.items()):
@@ -34,24 +31,5 @@ def as_plain(tree: AdapterTree, why: str) -> AdapterTree:
 
 def plain_site(site: SiteFactors) -> SiteFactors:
     """A site of AdaLoRA or PiSSA in plain factors; others as they are."""
-    if site.spec.init == "pissa":
-        starts = (site.extras["a_start"], site.extras["b_start"])
-        a, b = map(np.asarray, difference(*map(jnp.asarray, (site.a, site.b, *starts))))
-        return SiteFactors(difference_spec(site.spec), a, b, site.lookup)
-    if site.spec.variant == "adalora":
-        return _survivors(site)
-    return site
-
-
-def _survivors(site: SiteFactors) -> SiteFactors:
-    """The latents whose factor is not zero, it multiplied into A; a mini that has none left keeps one of zeros."""
-    e, old = site.extras["e"], site.spec
-    kept = [np.flatnonzero(row) if row.any() else np.array([0]) for row in e]
-    r = tuple(len(latents) for latents in kept)
-    a = np.zeros((*site.a.shape[:2], max(r)), np.float32)
-    b = np.zeros((old.n, max(r), site.b.shape[2]), np.float32)
-    for k, latents in enumerate(kept):
-        a[k, :, : len(latents)] = site.a[k][:, latents] * e[k, latents]
-        b[k, : len(latents)] = site.b[k, latents]
-    alpha = tuple(scale * rank for scale, rank in zip(old.scales, r, strict=True))  # the scale stays that of the start
-    return SiteFactors(dataclasses.replace(old, r=r, alpha=alpha, scaling="mini", variant="plain"), a, b, site.lookup)
+    spec, a, b = kind_of(site.spec).plain(site.spec, {"a": site.a, "b": site.b, **site.extras})
+    return site if spec is site.spec else SiteFactors(spec, a, b, site.lookup)

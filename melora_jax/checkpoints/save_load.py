@@ -80,7 +80,7 @@ def adapter_tree(model: nnx.Module) -> AdapterTree:
 
 def _site(layer: MELoRADense) -> SiteFactors:
     """A layer's arrays on the host."""
-    arrays = {name: np.asarray(getattr(layer, name)[...]) for name in ("a", "b", *layer.extras)}
+    arrays = {name: np.asarray(variable[...]) for name, variable in layer.arrays.items()}
     return SiteFactors(layer.spec, arrays.pop("a"), arrays.pop("b"), layer.view.lookup, arrays)
 
 
@@ -182,7 +182,7 @@ def _with_short_names(model: nnx.Module, tree: AdapterTree) -> AdapterTree:
 
 def _sites_named(model: nnx.Module, config: MELoRAConfig) -> set[str]:
     try:
-        return {site.path for site in plan_sites(model, config).sites.values()}
+        return set(plan_sites(model, config).sites)
     except ValueError:
         return set()  # `require_fit` says why
 

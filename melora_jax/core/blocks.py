@@ -17,15 +17,12 @@ the padding, so padded entries neither act nor learn.
 
 from __future__ import annotations
 
-import zlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
-from melora_jax.config import AdapterSpec, Init, Mixer, Strategy
-from melora_jax.core.initializers import orthogonal_factors
+from melora_jax.config import AdapterSpec, Mixer, Strategy
 from melora_jax.core.platform import platform
 from melora_jax.core.products.block_diagonal import block_diagonal, block_diagonal_product
 from melora_jax.core.products.plan import unmerged
@@ -39,39 +36,6 @@ def scale_of(spec: AdapterSpec) -> np.ndarray:
     """
     ranks = np.array(spec.r)[:, None]
     return np.where(np.arange(max(spec.r)) < ranks, np.array(spec.scales)[:, None], 0.0).astype(np.float32)
-
-
-def start_key(key: Array, path: str) -> Array:
-    """The key of a site's start values: its path folded in, so that they do not depend on the other sites."""
-    return jax.random.fold_in(key, zlib.crc32(path.encode()))
-
-
-def init_factors(
-    key: Array, d_in: int, d_out: int, spec: AdapterSpec
-) -> tuple[Float[Array, "n i r"], Float[Array, "n r o"]]:
-    """Start values: A random, B zero, both float32.
-
-    A is uniform within 1/sqrt(i), torch's kaiming_uniform(a=√5) over a slice, as the authors start it (and
-    within 1/sqrt(d_in) for mixer `all`, where every latent reads the whole input); or Gaussian with deviation 1/r.
-    With init `orthogonal` neither is zero, but A·B is.
-    """
-    i, o, r = d_in // spec.n, d_out // spec.n, max(spec.r)
-    initialiser = _a_initialiser(spec.init, spec.mixer, spec.n, r)
-    if spec.init == "orthogonal":
-        return orthogonal_factors(key, i, o, spec)
-    if spec.init == "pissa":
-        raise ValueError("init='pissa' starts from a layer's kernel; put it on one with PiSSADense.wrap or adapt")
-    used = scale_of(spec)[:, None, :] != 0
-    a = jnp.where(used, initialiser(key, (spec.n, i, r), jnp.float32), 0.0)
-    return a, jnp.zeros((spec.n, r, o), jnp.float32)
-
-
-def _a_initialiser(init: Init, mixer: Mixer, n: int, r: int) -> jax.nn.initializers.Initializer:
-    if init == "gaussian":
-        return jax.nn.initializers.normal(1.0 / r)
-    fan = n if mixer == "all" else 1  # how many slices feed one latent
-    # batch_axis keeps n out of the fan; he_uniform would start 2.45 times larger.
-    return jax.nn.initializers.variance_scaling(1.0 / (3.0 * fan), "fan_in", "uniform", batch_axis=0)
 
 
 def feature_order(size: int, side: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Start values of both factors: orthogonal ones whose product is zero, and the principal part of a kernel (PiSSA).
+"""Start values of both factors: A random and B zero, both orthogonal with A·B = 0, or those of PiSSA.
 
 PiSSA starts A_0·B_0 at the principal part of the kernel and lets the base keep the rest, W - s·A_0·B_0. The same
 function, with the same gradients, is the untouched base plus the difference s·(A·B - A_0·B_0), so that is what is
@@ -9,6 +9,7 @@ of twice the rank, which every program reads.
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -18,11 +19,54 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from melora_jax.config import AdapterSpec
+from melora_jax.core.blocks import scale_of
 
 
 def from_kernel(function: Callable[[Array], Any], kernel: Any) -> Any:
     """What `function` makes of a kernel: of an abstract one, shapes and dtypes alone."""
     return jax.eval_shape(function, kernel) if isinstance(kernel, jax.ShapeDtypeStruct) else function(kernel)
+
+
+def start_key(key: Array, path: str) -> Array:
+    """The key of a site's start values: its path folded in, so that they do not depend on the other sites."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def init_factors(
+    key: Array, d_in: int, d_out: int, spec: AdapterSpec
+) -> tuple[Float[Array, "n i r"], Float[Array, "n r o"]]:
+    """Start values that need no kernel, float32: A random and B zero, or with init `orthogonal` A·B = 0.
+
+    A is uniform within 1/sqrt(i), torch's kaiming_uniform(a=√5) over a slice, as the authors start it (and
+    within 1/sqrt(d_in) for mixer `all`, where every latent reads the whole input); or Gaussian with deviation 1/r.
+
+    Raises:
+      ValueError: init `pissa`, whose start values are made from a kernel.
+    """
+    if spec.init not in _STARTS:
+        remedy = "put it on one with PiSSADense.wrap or adapt"
+        raise ValueError(f"init={spec.init!r} starts from a layer's kernel; {remedy}")
+    return _STARTS[spec.init](key, d_in // spec.n, d_out // spec.n, spec)
+
+
+def _kaiming(key: Array, i: int, o: int, spec: AdapterSpec) -> tuple[Array, Array]:
+    fan = spec.n if spec.mixer == "all" else 1  # how many slices feed one latent
+    # batch_axis keeps n out of the fan; he_uniform would start 2.45 times larger.
+    initialiser = jax.nn.initializers.variance_scaling(1.0 / (3.0 * fan), "fan_in", "uniform", batch_axis=0)
+    return _random_a(initialiser, key, i, o, spec)
+
+
+def _gaussian(key: Array, i: int, o: int, spec: AdapterSpec) -> tuple[Array, Array]:
+    return _random_a(jax.nn.initializers.normal(1.0 / max(spec.r)), key, i, o, spec)
+
+
+def _random_a(
+    initialiser: jax.nn.initializers.Initializer, key: Array, i: int, o: int, spec: AdapterSpec
+) -> tuple[Array, Array]:
+    """A random where a latent is used and zero in the padding, and B zero."""
+    n, r = spec.n, max(spec.r)
+    used = scale_of(spec)[:, None, :] != 0
+    return jnp.where(used, initialiser(key, (n, i, r), jnp.float32), 0.0), jnp.zeros((n, r, o), jnp.float32)
 
 
 def orthogonal_factors(
@@ -43,6 +87,9 @@ def orthogonal_factors(
         return a, q[1::2].T @ jax.random.normal(keys[2], (r // 2, o)) / 10
 
     return jax.vmap(one)(jax.random.split(key, spec.n))
+
+
+_STARTS = {"kaiming": _kaiming, "gaussian": _gaussian, "orthogonal": orthogonal_factors}
 
 
 def principal_factors(

@@ -7,13 +7,24 @@ import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from melora_jax.config import AdapterSpec, Strategy
+
 # The values that vLLM's --max-lora-rank takes; 16 is its default.
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One adapted layer: its path, flat sizes, and the adapter's shape."""
+    """One adapted layer: its path, flat sizes, and the adapter's shape.
+
+    Attributes:
+      path: of the layer in its model.
+      d_in, d_out: flat sizes of its kernel.
+      n, r, scaling, mixer: of the adapter, as in `AdapterSpec`.
+      rank: of the update, as plain LoRA factors hold it.
+      parameters: that are trained here.
+      strategy: how the product is computed, once "auto" is resolved.
+    """
 
     path: str
     d_in: int
@@ -26,6 +37,13 @@ class Site:
     mixer: str
     strategy: str
 
+    @classmethod
+    def of(
+        cls, path: str, spec: AdapterSpec, sizes: tuple[int, int], *, rank: int, parameters: int, strategy: Strategy
+    ) -> Site:
+        """The row of a layer of `sizes` (d_in, d_out) with an adapter of these settings."""
+        return cls(path, *sizes, spec.n, spec.r, rank, parameters, spec.scaling, spec.mixer, strategy)
+
 
 @dataclasses.dataclass(frozen=True)
 class Adaptation:
@@ -36,7 +54,13 @@ class Adaptation:
       adapter, head, frozen: numbers of parameters in the factors, in `modules_to_save`, and in the frozen base.
       saved: paths of the modules that are trained whole.
       base: number of the base's parameters that are trained: biases, or all.
-      notes: of layers whose factors are not cut over `tensor` on a mesh, and why.
+      notes: which layers' factors are not cut over `tensor` on a mesh, and why.
+
+    >>> site = Site("layers/0", 4, 6, 2, (1, 1), 2, 10, "mini", "identity", "packed")
+    >>> print(Adaptation((site,), adapter=10, head=0, frozen=30, saved=()))
+    site      d_in  d_out  n  r  rank  parameters  strategy
+    layers/0     4      6  2  1     2          10  packed
+    adapters 10 + head 0 = 10 trainable (25.00 %), 30 frozen
     """
 
     sites: tuple[Site, ...]
@@ -49,7 +73,7 @@ class Adaptation:
 
     @property
     def trainable(self) -> int:
-        """Parameters that are trained: factors, the base's own, and head."""
+        """How many parameters are trained: those of the factors, of the base, and of `modules_to_save`."""
         return self.adapter + self.base + self.head
 
     def to_dict(self) -> dict[str, Any]:
@@ -94,7 +118,7 @@ def served_rank(rank: int) -> int | None:
 
 
 def rank_note(rank: int) -> str:
-    """What to know of vLLM's rank limit for a plain export of `rank`.
+    """What vLLM's limit of ranks means for a plain export of `rank`.
 
     >>> rank_note(64)
     'vLLM serves it with --max-lora-rank 64'
@@ -106,7 +130,7 @@ def rank_note(rank: int) -> str:
 
 
 def _rows(sites: Sequence[Site]) -> list[tuple[str, ...]]:
-    """A row a site; sites that differ in the number of their layer alone share one."""
+    """One row for all sites that differ in nothing but the number of their layer."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for site in sites:
         path, *cells = _row(site)
@@ -121,7 +145,7 @@ def _rows(sites: Sequence[Site]) -> list[tuple[str, ...]]:
 
 
 def _listed(numbers: Sequence[str]) -> str:
-    """Layer numbers as 0-5 where none is left out, else one by one."""
+    """Layer numbers as "0-5" where none is left out, else as "0,2,5"."""
     if len(numbers) > 2 and [int(number) - int(numbers[0]) for number in numbers] == list(range(len(numbers))):
         return f"{numbers[0]}-{numbers[-1]}"
     return ",".join(numbers)

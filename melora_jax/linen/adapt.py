@@ -10,19 +10,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
 
-from melora_jax.config import MELoRAConfig
+from melora_jax.config import AdapterSpec, MELoRAConfig
 from melora_jax.core.dense_view import unadaptable
 from melora_jax.core.platform import platform
 from melora_jax.core.products.plan import choose_strategy
-from melora_jax.core.report import Adaptation, Site
-from melora_jax.core.targeting import (
-    NamedModule,
-    modules_to_save,
-    require_factors_alone,
-    require_patterns,
-    select,
-    spec_of,
-)
+from melora_jax.core.report import Adaptation
+from melora_jax.core.targeting import NamedModule, require_factors_alone, selection_of
 from melora_jax.linen.adapted_module import AdaptedModule
 from melora_jax.linen.site import LinenSite
 from melora_jax.linen.trace import called_modules
@@ -70,11 +63,9 @@ def adapt(
         raise ValueError(f"variables holds {sorted(variables)} and no 'params'; pass {{'params': params}}")
     called = called_modules(module, variables, args, {"rngs": {"params": key}, **kwargs})
     modules = [NamedModule(found, (path,), found.linear) for path, found in called.items()]
-    saved = tuple(chosen.paths[0] for chosen in modules_to_save(modules, config))
-    candidates = [candidate for candidate in modules if not is_inside(candidate.paths[0], saved)]
-    kept = select(modules, candidates, config, "Dense, DenseGeneral or Einsum")
-    sites = {chosen.paths[0]: _planned(chosen, config) for chosen in kept}
-    require_patterns(config, kept)
+    selected = selection_of(modules, config, "Dense, DenseGeneral or Einsum")
+    saved = tuple(module.paths[0] for module in selected.saved)
+    sites = {module.paths[0]: _planned(module, spec) for module, spec in selected.adapted}
     params = flat_from_tree(variables["params"])
     inside = {path: leaf for path, leaf in params.items() if is_inside(joined(path), saved) and jax.tree.leaves(leaf)}
     head = {path: jax.tree.map(_as_float32, leaf) for path, leaf in inside.items()}
@@ -84,15 +75,11 @@ def adapt(
     return AdaptedModule(module, config, sites, saved, frozenset(called), shapes, adaptation), tree_from_flat(melora)
 
 
-def _planned(chosen: NamedModule, config: MELoRAConfig) -> LinenSite:
-    path, spec, layer = chosen.paths[0], spec_of(chosen, config), chosen.node.layer
+def _planned(module: NamedModule, spec: AdapterSpec) -> LinenSite:
+    path, layer = module.paths[0], module.node.layer
     if layer is None:
-        raise unadaptable(path, chosen.node.reason)
+        raise unadaptable(path, module.node.reason)
     check_sizes(layer.view.d_in, layer.view.d_out, spec.n, path)
-    if spec.strategy == "merged":
-        raise ValueError(
-            f'strategy="merged" at {path} is for NNX models, not for Linen models; use "batched" or "auto"'
-        )
     strategy = choose_strategy(spec.strategy, spec.n * max(spec.r), platform())
     return LinenSite(path, spec, strategy, layer)
 
@@ -103,12 +90,5 @@ def _as_float32(value: jax.Array) -> jax.Array:
 
 
 def _adaptation(config: MELoRAConfig, sites: Iterable[LinenSite], base: int, head: int) -> Adaptation:
-    rows = tuple(_row(site) for site in sites)
+    rows = tuple(site.row() for site in sites)
     return Adaptation(rows, sum(row.parameters for row in rows), head, base - head, tuple(config.modules_to_save))
-
-
-def _row(site: LinenSite) -> Site:
-    spec, view = site.spec, site.layer.view
-    parameters = spec.parameters(view.d_in, view.d_out) * site.layer.lifting.copies
-    sizes = site.path, view.d_in, view.d_out, spec.n, spec.r, spec.rank, parameters
-    return Site(*sizes, spec.scaling, spec.mixer, site.strategy)

@@ -12,9 +12,10 @@ from flax.core import meta
 
 from melora_jax.config import AdapterSpec, Strategy
 from melora_jax.core.adapter_update import attend_update, merged_kernel, update_of
-from melora_jax.core.blocks import init_factors, start_key
 from melora_jax.core.dense_view import unadaptable, view_at_call
 from melora_jax.core.dropout import numbered_layer
+from melora_jax.core.initializers import init_factors, start_key
+from melora_jax.core.report import Site
 from melora_jax.linen.trace import Layer
 from melora_jax.linen.tree import Flat, Path, parts
 
@@ -28,11 +29,12 @@ class LinenSite:
     strategy: Strategy
     layer: Layer
 
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The shapes of a and b for one copy of the layer."""
-        n, r, view = self.spec.n, max(self.spec.r), self.layer.view
-        return (n, view.d_in // n, r), (n, r, view.d_out // n)
+    def row(self) -> Site:
+        """The site as `print(adapted)` shows it: its parameters are those of all copies of the layer."""
+        view, spec = self.layer.view, self.spec
+        parameters = spec.parameters(view.d_in, view.d_out) * self.layer.lifting.copies
+        sizes = (view.d_in, view.d_out)
+        return Site.of(self.path, spec, sizes, rank=spec.rank, parameters=parameters, strategy=self.strategy)
 
     @property
     def places(self) -> tuple[Path, Path]:
@@ -69,10 +71,9 @@ class LinenSite:
         Raises:
           ValueError: the factors have other shapes, or the equation uses the kernel differently from the first call.
         """
-        a, b = factors.get("a"), factors.get("b")
-        if a is None or b is None or (a.shape, b.shape) != self.shapes:
+        a, b, view = factors.get("a"), factors.get("b"), self.layer.view
+        if a is None or b is None or {"a": a.shape, "b": b.shape} != self.spec.shapes(view.d_in, view.d_out):
             raise unadaptable(self.path, "a transform around it changes the shapes of params")
-        view = self.layer.view
         if method == "attend":
             return attend_update(self, view, x, y, a, b)
         if equation is not None and self.layer.equation is not None:

@@ -27,7 +27,7 @@ import optax
 from flax import nnx
 
 from melora_jax.adapters.melora import MELoRADense
-from melora_jax.adapters.params import FrozenParam, MELoRAParam
+from melora_jax.adapters.params import FrozenParam
 from melora_jax.core.dropout import adapter_dropout, rounded_rate
 from melora_jax.core.platform import platform
 from melora_jax.core.products.plan import unmerged
@@ -283,9 +283,8 @@ def _as(member: Members, model: nnx.Module) -> Iterator[None]:
         latents = layer.product.spec.n * max(layer.product.spec.r)
         layer.strategy = unmerged(layer.strategy, latents, platform())
     if member.alpha is not None:
-        for path, variable in nnx.to_flat_state(nnx.state(model, MELoRAParam)):
-            if path[-1] == "b":
-                variable.set_value(variable[...] * member.alpha)
+        for layer in {id(node): node for _, node in walk(model) if isinstance(node, MELoRADense)}.values():
+            layer.multiply_alpha(member.alpha)
     with adapter_dropout(member.dropout):
         yield
 

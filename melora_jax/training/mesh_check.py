@@ -95,7 +95,7 @@ def _small(values: Mapping[str, Any], where: str, mesh: Mesh) -> dict[str, Any]:
 
 def _twin_config(config: MELoRAConfig, full: nnx.Module, twin: nnx.Module) -> MELoRAConfig:
     """A config that gives each layer of the twin the adapters of the layers of its kind in `full`."""
-    specs = {_template(site.path): site.spec for site in plan_sites(full, config).sites.values()}
+    specs = {_template(path): spec for path, spec in plan_sites(full, config).sites.items()}
     sites = {path_of(path): node for path, node in walk(twin) if isinstance(node, nnx.Module)}
     found = {re.escape(path): specs[_template(path)] for path in sites if _template(path) in specs}
     return dataclasses.replace(

@@ -25,7 +25,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from melora_jax import validation
-from melora_jax.adapters.adalora import AdaLoRADense
+from melora_jax.adapters.melora import MELoRADense
 from melora_jax.nn.tree import path_of, walk
 
 _Site = dict[str, Array]  # the arrays a, e and b of one layer, or of a stack of layers
@@ -64,9 +64,7 @@ class RankBudget:
         for name in ("target_r", "total_step", "delta_t"):
             validation.check_count(name, getattr(self, name))
         for name in ("tinit", "tfinal"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name}={value!r} must be a whole number of at least 0")
+            validation.check_count(name, getattr(self, name), low=0)
         for name in ("beta1", "beta2"):
             validation.check_number(name, getattr(self, name), low=np.finfo(float).tiny, below=1.0)
         if self.tinit >= self.total_step - self.tfinal:
@@ -160,7 +158,7 @@ def _sites_of(model: nnx.Module) -> dict[str, Any]:
     """The AdaLoRA layers by path; a stack of them is one entry."""
     found: dict[int, tuple[str, Any]] = {}
     for path, node in walk(model):
-        if isinstance(node, AdaLoRADense):
+        if isinstance(node, MELoRADense) and node.has_budget:
             found.setdefault(id(node), (path_of(path), node))
     if not found:
         raise ValueError('the model has no AdaLoRA layer for a RankBudget; adapt it with variant="adalora"')

@@ -248,13 +248,13 @@ def shardings_on(model: Any, mesh: Mesh | AbstractMesh) -> dict[str, NamedShardi
         if isinstance(layer, MELoRADense):
             kernel = f"{path_of(path)}/base/{layer.view.kernel_name}"
             spec = factor_spec(model.layout.spec(kernel, layer.kernel_variable.shape, mesh), layer.spec, mesh)
-            specs |= {f"{path_of(path)}/{name}": spec for name in ("a", "b")}
-            if layer.extras and mesh.size > 1:
+            if layer.one_device and mesh.size > 1:
                 kind = type(layer).__name__
                 raise ValueError(
                     f"{path_of(path)} is a {kind}, which runs on one device and not on {mesh.size}; plan for one"
                 )
-            specs |= {f"{path_of(path)}/{name}": PartitionSpec() for name in layer.extras}
+            whole = dict.fromkeys(layer.arrays, PartitionSpec())
+            specs |= {f"{path_of(path)}/{name}": place for name, place in (whole | {"a": spec, "b": spec}).items()}
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         name = path_of(path)
         if name not in specs:

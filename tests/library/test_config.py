@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import copy
 import dataclasses
 import json
 import math
@@ -201,6 +203,62 @@ def test_overrides_that_do_not_fit_name_their_site() -> None:
     bad = config(n=2, r=[1, 2], n_pattern={"layer.1.query": 3})
     with pytest.raises(ValueError, match=r"^r=\[1, 2\] has 2 values for n=3 minis; .* \(at layer/1/query\)$"):
         bad.spec("layer/1/query")
+
+
+PEFT = {
+    "target_modules": 'called targets here: MELoRAConfig(targets=["query", "value"])',
+    "exclude_modules": "called exclude here: ",
+    "lora_r": "called r here, ",
+    "lora_alpha": "called alpha here: MELoRAConfig(alpha=16)",
+    "lora_dropout": "called dropout here: MELoRAConfig(dropout=0.05)",
+    "layers_to_transform": "called layers here: MELoRAConfig(layers=[0, 1])",
+    "layers_pattern": "not needed: ",
+    "use_rslora": 'called scaling here: MELoRAConfig(scaling="rslora")',
+    "use_dora": 'called variant here: MELoRAConfig(variant="dora")',
+    "init_lora_weights": 'called init here: MELoRAConfig(init="kaiming")',
+    "lora_bias": "not there: ",
+    "task_type": "not a setting of the adapter: ",
+    "peft_type": "not a setting: ",
+    "base_model_name_or_path": "not a setting: ",
+    "inference_mode": "not a setting: ",
+    "fan_in_fan_out": "not needed: ",
+}
+
+
+@pytest.mark.parametrize(("name", "message"), PEFT.items())
+def test_words_of_peft_are_told_ours(name: str, message: str) -> None:
+    """In Python, and in a file that was written for PEFT."""
+    with pytest.raises(TypeError, match=f"^{re.escape(f'{name} is {message}')}[^\n]*$"):
+        config(**{name: None})
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{name} is {message}')}[^\n]*$"):
+        mj.MELoRAConfig.from_json(json.dumps({"targets": ["query"], name: None}))
+
+
+def test_hints_for_peft_are_settings_that_work() -> None:
+    for text in re.findall(r"MELoRAConfig\([^)]*\)", "\n".join(map(unknown, PEFT))):
+        call: Any = ast.parse(text, mode="eval").body
+        config(**{given.arg: ast.literal_eval(given.value) for given in call.keywords})
+
+
+def unknown(name: str) -> str:
+    with pytest.raises(TypeError) as found:
+        config(**{name: None})
+    return str(found.value)
+
+
+def test_words_that_are_peft_s_and_ours_are_taken() -> None:
+    for bias in ("none", "all", "lora_only"):
+        assert config(bias=bias, modules_to_save=["head"], r=2, rank_pattern={"query": 4}).bias == bias
+
+
+def test_an_unknown_word_is_told_the_nearest() -> None:
+    assert unknown("dropuot") == "unknown key 'dropuot' in MELoRAConfig; perhaps 'dropout'"
+    assert unknown("zzz").startswith("unknown key 'zzz' in MELoRAConfig; known are n, r, alpha,")
+
+
+def test_a_config_can_be_copied_and_replaced() -> None:
+    one = config(n=2, dropout=0.5)
+    assert copy.deepcopy(one) == dataclasses.replace(one) == one
 
 
 @pytest.mark.parametrize(

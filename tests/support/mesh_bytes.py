@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import melora_jax as mj
 from melora_jax.config import AdapterSpec
-from melora_jax.core import blocks
+from melora_jax.core import blocks, initializers
 from melora_jax.core.dropout import dropout_key
 from melora_jax.nn.parallel import KernelCut, ParallelLinear
 from melora_jax.nn.sharding import put
@@ -50,7 +50,7 @@ def free_bytes(form: str, mesh: Mesh, n: int, r: int, strategy: Any) -> dict[str
     """The same sum written without a `shard_map` and left to the partitioner, kernel and factors placed alike."""
     _, axes = FORMS[form]
     spec = AdapterSpec(n=n, r=(r,) * n, alpha=(16.0,) * n)
-    a, b = blocks.init_factors(jax.random.key(0), D_IN, D_OUT, spec)
+    a, b = initializers.init_factors(jax.random.key(0), D_IN, D_OUT, spec)
     cut = PartitionSpec("tensor") if n % mesh.shape["tensor"] == 0 else PartitionSpec()
     factors = tuple(put(factor, NamedSharding(mesh, cut)) for factor in (a, b))
     kernel = put(np.ones((D_IN, D_OUT), np.float32), NamedSharding(mesh, PartitionSpec(*axes)))

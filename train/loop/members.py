@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from melora_jax.adapters import kind_of
 from train.config.run_config import RunConfig, to_toml
 
 # What members of one population may differ in; `train.data_seed` where each member sees its own order of rows.
@@ -71,6 +72,6 @@ def _fixed(config: RunConfig) -> dict[str, Any]:
     varying = set(VARYING)
     if config.adapter.alpha_pattern or isinstance(config.melora.alpha, tuple):
         varying.remove("adapter.alpha")  # one factor on all of a member's adapters would not do
-    elif config.melora.init == "pissa" or config.melora.variant == "adalora":
-        varying.remove("adapter.alpha")  # nor on B alone: PiSSA's start and AdaLoRA's penalty have their own
+    elif not kind_of(config.melora).alpha_varies:
+        varying.remove("adapter.alpha")  # nor where alpha is more than a factor of the update
     return {key: value for key, value in settings.items() if key not in varying}

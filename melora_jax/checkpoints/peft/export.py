@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from melora_jax.adapters.kinds import kind_of
 from melora_jax.checkpoints.adapter_state import AdapterTree, SiteFactors
 from melora_jax.checkpoints.factors import plain_factors, rounding_of
 from melora_jax.checkpoints.linear import as_plain
@@ -80,10 +81,10 @@ def write_peft(
         raise ValueError(f'format={format!r} is unknown; choose "lora" or "bdlora"')
     if not tree.sites:
         raise ValueError("there is no adapted layer to export, PEFT needs one; keep a head alone with save_adapter")
-    dora = tree.config.variant == "dora"
-    if dora and format == "bdlora":
+    own = kind_of(tree.config).peft_tensors
+    if own and format == "bdlora":
         raise ValueError('format="bdlora" has no place for DoRA\'s norms; choose format="lora"')
-    tree = tree if dora else as_plain(tree, "PEFT's LoRA holds plain factors")
+    tree = tree if own else as_plain(tree, "PEFT's LoRA holds plain factors")
     shared = {scale for site in tree.sites.values() for scale in site.spec.scales}
     folded = len(shared) > 1
     plain = {path: plain_factors(site, scaled=folded) for path, site in tree.sites.items()}
@@ -94,9 +95,9 @@ def write_peft(
         key: value for path, blocks in blocked.items() for key, value in _tensors(path, tree, blocks, width).items()
     }
     tensors |= {
-        f"{PREFIX}{path.replace('/', '.')}.lora_magnitude_vector": site.extras["magnitude"]
+        f"{PREFIX}{path.replace('/', '.')}.{theirs}": site.extras[ours]
         for path, site in tree.sites.items()
-        if dora
+        for ours, theirs in own.items()
     }
     tensors |= {PREFIX + name: np.ascontiguousarray(value) for name, value in host.saved.items()}
     rank = nblocks * width
@@ -171,7 +172,7 @@ def _peft_config(tree: AdapterTree, host: PeftHost, rank: int, alpha: float) -> 
         "inference_mode": True,
         "init_lora_weights": True,
         "use_rslora": False,
-        "use_dora": tree.config.variant == "dora",
+        **kind_of(tree.config).peft_settings,
     }
     return config | ({"ensure_weight_tying": True} if host.tied else {})
 

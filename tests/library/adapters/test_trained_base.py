@@ -201,7 +201,7 @@ def test_models_that_can_not_be_trained_so_are_refused() -> None:
             ({"init": "pissa"}, "init"),
         ):
             with pytest.raises(
-                ValueError, match=rf"{word}='.*' is for NNX models; melora_jax\.(raw|linen) holds plain ad"
+                ValueError, match=rf"{word}='.*' is for NNX models; melora_jax\.(functional|linen) holds plain ad"
             ):
                 build(mj.MELoRAConfig(n=1, targets="all-linear", **settings))
 

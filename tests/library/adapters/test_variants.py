@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 import melora_jax as mj
-from melora_jax.adapters import AdaLoRADense, DoRADense, PiSSADense, orthogonality
+from melora_jax.adapters import AdaLoRADense, DoRADense, PiSSADense, kind_of, orthogonality
 from melora_jax.models.auto import model_from_config
 from melora_jax.training import RankBudget
 from melora_jax.training.rank_allocator import within_budget
@@ -112,6 +112,18 @@ def test_files_hold_all_of_it(name: str, tmp_path: Path) -> None:
         even, imported = tiny.trained(**VARIANTS[name] | {"r": 2}), tiny.Encoder()  # mixed ranks have padding, not kept
         mj.import_peft(imported, mj.export_peft(even, tmp_path / "even"))
         tiny.assert_equal(tiny.arrays(imported), tiny.arrays(even))
+
+
+def test_settings_of_another_kind_are_refused() -> None:
+    message = r"^PiSSADense is for init='pissa', and the settings of PiSSADense are of kind 'plain'; take the class"
+    with pytest.raises(ValueError, match=message):
+        PiSSADense(6, 10, n=2, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"^MELoRADense is for variant='plain', and the .* are of kind 'pissa'"):
+        mj.MELoRADense(6, 10, n=2, init="pissa", rngs=nnx.Rngs(0))
+    base, spec = nnx.Linear(6, 10, rngs=nnx.Rngs(0)), tiny.config(variant="dora").spec("here")
+    with pytest.raises(ValueError, match=r"^AdaLoRADense is for variant='adalora', .* of here are of kind 'dora'"):
+        AdaLoRADense.wrap(base, spec, path="here", rngs=nnx.Rngs(0))
+    assert isinstance(kind_of(spec).wrap(base, spec, path="here", rngs=nnx.Rngs(0)), DoRADense)
 
 
 def test_a_file_without_its_extra_arrays_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from melora_jax.config import AdapterSpec
-from melora_jax.core import blocks
+from melora_jax.core import blocks, initializers
 from melora_jax.core.products.plan import choose_strategy
 from tests.support import reference
 
@@ -52,7 +52,7 @@ seeds = st.integers(0, 2**32 - 1)
 apply = jax.jit(blocks.apply, static_argnames=("mixer", "strategy"))
 delta = jax.jit(blocks.delta, static_argnames="mixer")
 packed_factors = jax.jit(blocks.packed_factors, static_argnames="mixer")
-init_factors = jax.jit(blocks.init_factors, static_argnums=(1, 2, 3))
+init_factors = jax.jit(initializers.init_factors, static_argnums=(1, 2, 3))
 
 
 def drawn(case: Case, batch: tuple[int, ...], seed: int) -> tuple[np.ndarray, Any, Any]:

@@ -298,7 +298,7 @@ def test_the_fewer_the_latents_the_more_tokens_it_takes(n: int, r: int, other: s
 
 def test_other_frameworks_refuse_it_where_they_are_configured() -> None:
     config = mj.MELoRAConfig(n=2, r=1, targets=["here"], strategy="merged")
-    message = r"strategy=\"merged\" at here is for NNX models, not for bare arrays; use \"batched\" or \"auto\""
+    message = r"strategy=\"merged\" is for NNX models; with melora_jax.functional use strategy=\"batched\" or \"auto\""
     with pytest.raises(ValueError, match=message):
         functional.init({"here": jnp.ones((6, 4))}, config, jax.random.key(0))
 
@@ -308,7 +308,7 @@ def test_other_frameworks_refuse_it_where_they_are_configured() -> None:
             return linen.Dense(4, name="here")(x)
 
     host, x = Host(), jnp.ones((3, 6))
-    with pytest.raises(ValueError, match="at here is for NNX models, not for Linen models"):
+    with pytest.raises(ValueError, match=r"is for NNX models; with melora_jax\.linen use"):
         adapt_linen(host, host.init(jax.random.key(0), x), config, jax.random.key(1), x)
 
 
