@@ -1,4 +1,7 @@
-"""Text from decoders: prompts, the decoding loop and sampling; imports `models` and below."""
+"""Text from decoders: prompts, the decoding loop and sampling.
+
+Imports `models` and below.
+"""
 
 from melora_jax.generation.generate import Generation, NewTokens, generate, stream
 

@@ -1,7 +1,7 @@
-"""The compiled programs of generation: the prompt into the cache, one further token, and further tokens in a loop.
+"""The compiled programs of generation: fill the cache from the prompt, generate one token, generate in a loop.
 
-Weights are arguments. A program is compiled once for each structure of model and shape of arrays, and no number (a
-temperature, a key, a limit) makes it compile anew.
+Weights are arguments. A program is compiled once for each structure of model and shapes of arrays; other values of a
+temperature, key or limit do not recompile it.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from melora_jax.generation.sampling import Sampling, chosen_tokens
 from melora_jax.models.decoders.heads import CausalLM
 from melora_jax.models.decoders.kv_cache import KVCache, take_rows
 
-NO_TOKEN = -1  # stands where a logit is NaN, so that nothing can be chosen
+NO_TOKEN = -1  # in place of a token if a logit is NaN
 
 
 class Rules(NamedTuple):
-    """What holds for a whole call.
+    """What does not change during a call.
 
     Attributes:
       sampling: how tokens are chosen.
-      key: PRNG key; None where nothing is drawn.
-      ends: int32 `[e]`, the tokens that end a row, and NO_TOKEN.
-      pad: int32, what a row gets after its end.
+      key: a PRNG key; None if nothing is sampled.
+      ends: int32 `[e]`, the tokens that end a row, padded with NO_TOKEN.
+      pad: int32, fills a row after its end.
     """
 
     sampling: Sampling
@@ -44,8 +44,8 @@ class Newest(NamedTuple):
     Attributes:
       tokens: int32 `[b]`.
       stopped: bool `[b]`, rows that ended with this token or an earlier one.
-      rows: int32 `[b]`, each row's number in the batch that was begun with.
-      generated: int32, how many tokens each row has got, these among them.
+      rows: int32 `[b]`, each row's number in the original batch.
+      generated: int32, the number of tokens of each row, including these.
     """
 
     tokens: jax.Array
@@ -55,15 +55,15 @@ class Newest(NamedTuple):
 
 
 class Programs(NamedTuple):
-    """Jitted functions of a model's state, which `nnx.split` gives. Those that take a cache take it over.
+    """Jitted functions of a model's state from `nnx.split`. `step` and `loop` donate the cache.
 
     Attributes:
-      prefill: `(state, ids, valid, rules, places) -> (newest, cache)`; prompts `[b, t]` padded left, into a new cache
-        of `places`.
+      prefill: `(state, ids, valid, rules, places) -> (newest, cache)`; writes left-padded prompts `[b, t]` to a new
+        cache of `places` tokens.
       step: `(state, cache, newest, rules) -> (newest, cache)`.
-      keep: `(newest, cache, rows) -> (newest, cache)`, of these rows alone, int32 `[c]`; the old cache stays.
-      loop: `(state, cache, newest, rules, limit, room) -> (tokens, cache)`; goes on until all rows have ended or have
-        `limit` tokens. The tokens are `[b, room]`, from `newest` on, with padding after `limit`.
+      keep: `(newest, cache, rows) -> (newest, cache)`; selects the rows, int32 `[c]`.
+      loop: `(state, cache, newest, rules, limit, room) -> (tokens, cache)`; runs until all rows have ended or have
+        `limit` tokens. The tokens are `[b, room]`, starting with `newest`, with padding after `limit`.
     """
 
     prefill: Callable[..., Any]
@@ -74,7 +74,7 @@ class Programs(NamedTuple):
 
 @functools.lru_cache(maxsize=8)
 def programs(graphdef: nnx.GraphDef[CausalLM]) -> Programs:
-    """The programs of all models of one structure."""
+    """The programs for all models of one structure."""
 
     def prefill(
         state: nnx.State, ids: jax.Array, valid: jax.Array, rules: Rules, places: int
@@ -122,7 +122,7 @@ def _following(logits: jax.Array, newest: Newest, rules: Rules) -> Newest:
     broken = jnp.isnan(logits).any(axis=-1) & ~newest.stopped
     ended = (tokens[:, None] == rules.ends).any(axis=-1)
     tokens = jnp.where(broken, NO_TOKEN, tokens)
-    # one broken row ends all: the caller gets an error
+    # a NaN in one row ends all rows: the caller raises an error
     return Newest(tokens, newest.stopped | ended | broken.any(), newest.rows, newest.generated + 1)
 
 

@@ -1,4 +1,4 @@
-"""Text generation with a decoder: all tokens at once, or as they come."""
+"""Text generation with a decoder: all tokens at once (`generate`) or one step at a time (`stream`)."""
 
 from __future__ import annotations
 
@@ -28,9 +28,14 @@ class Generation(NamedTuple):
     """Generated tokens.
 
     Attributes:
-      tokens: int32 `[b, m]`, the new tokens of each row, m those of the longest; `pad_token_id` after a row's end.
-      lengths: int32 `[b]`, how many tokens each row got, the one that ended it among them.
-      stopped: bool `[b]`, True where a token of `eos_token_id` ended the row, False where `max_new_tokens` did.
+      tokens: int32 `[b, m]`, the new tokens of each row, with `pad_token_id` after its end; m is the longest row's
+        length.
+      lengths: int32 `[b]`, the number of new tokens of each row, including the one that ended it.
+      stopped: bool `[b]`, True if a token of `eos_token_id` ended the row, False if `max_new_tokens` did.
+
+    >>> tokens = Generation(np.array([[4, 2], [7, 9]]), np.array([2, 1]), np.array([True, True]))
+    >>> [row[:length].tolist() for row, length in zip(tokens.tokens, tokens.lengths)]
+    [[4, 2], [7]]
     """
 
     tokens: np.ndarray
@@ -39,11 +44,14 @@ class Generation(NamedTuple):
 
 
 class NewTokens(NamedTuple):
-    """One more token of each row.
+    """The next token of each row, from `stream`.
 
     Attributes:
       tokens: int32 `[b]`; `pad_token_id` in rows that ended earlier.
-      stopped: bool `[b]`, True where a token of `eos_token_id` has ended the row, now or earlier.
+      stopped: bool `[b]`, True if a token of `eos_token_id` has ended the row, now or earlier.
+
+    >>> NewTokens(np.array([4, 2]), np.array([False, True])).tokens.tolist()
+    [4, 2]
     """
 
     tokens: np.ndarray
@@ -63,27 +71,30 @@ def generate(
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
 ) -> Generation:
-    """Goes on from prompts, token by token: the likeliest, or one drawn from `softmax(filter(logits / temperature))`.
+    """Continues prompts with the likeliest tokens, or with samples from `softmax(filter(logits / temperature))`.
 
-    The first call for a structure of model and a size of batch and prompt compiles; sizes are rounded up, so that
-    prompts of similar length share what was compiled. Row j of a batch draws the same tokens whatever the others are.
+    The first call for each structure of model and size of batch and prompt compiles. Sizes are rounded up, so that
+    prompts of similar length share a compiled program. The tokens sampled for row j do not depend on the other rows.
 
     Args:
       model: a causal language model, plain or adapted.
-      input_ids: whole numbers `[b, t]`.
-      attention_mask: `[b, t]`, 0 at padding, left or right; None where there is none.
-      max_new_tokens: how many tokens a row gets at most.
-      temperature: 0 takes the likeliest token; above 0 tokens are drawn.
-      top_k: draws from so many of the likeliest tokens; None from all.
-      top_p: draws from the smallest set of likeliest tokens with this mass, after `top_k`; None from all.
-      key: PRNG key, needed where tokens are drawn.
-      eos_token_id: the token, or tokens, that end a row; `()` for none. None takes those of the checkpoint's
-        generation_config.json or, without one, of its config.json.
-      pad_token_id: what fills a row after its end; None takes the configuration's, or the first of `eos_token_id`.
+      input_ids: int `[b, t]`.
+      attention_mask: `[b, t]`, 0 at padding (left or right); None if there is no padding.
+      max_new_tokens: the largest number of new tokens per row.
+      temperature: 0 takes the likeliest token; above 0, tokens are sampled.
+      top_k: the number of likeliest tokens to sample from; None for all.
+      top_p: samples from the smallest set of likeliest tokens with this probability mass, after `top_k`; None for all.
+      key: a PRNG key, required if tokens are sampled.
+      eos_token_id: the token or tokens that end a row; `()` for none. None takes those of the checkpoint's
+        generation_config.json or, if there is none, of its config.json.
+      pad_token_id: fills a row after its end; None takes the configuration's, or the first of `eos_token_id`.
+
+    Returns:
+      A `Generation` of NumPy arrays.
 
     Raises:
-      ValueError: a prompt is empty, or with `max_new_tokens` longer than the model's context; an id is outside the
-        vocabulary, a setting out of range, or a logit NaN.
+      ValueError: a prompt is empty or, with `max_new_tokens`, longer than the model's context; an id is outside the
+        vocabulary, a setting is out of range, or a logit is NaN.
 
     >>> from melora_jax.models import model_from_config
     >>> sizes = dict(vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=7,
@@ -113,17 +124,17 @@ def stream(
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
 ) -> Generator[NewTokens, Sequence[int] | None]:
-    """The tokens of `generate` as they come: one `NewTokens` a step, until all rows have ended.
+    """Like `generate`, but yields one `NewTokens` per step until all rows have ended.
 
-    Arguments are checked, and errors raised, by the call itself; the iterator does the work. It may be left early; or,
-    in place of `next`, be sent the numbers of the rows with which alone it shall go on, so that the rest costs nothing.
+    The call itself checks the arguments; the generator does the work and may be abandoned early. To drop rows, send it
+    the numbers of the rows to continue (`generator.send([0, 2])` in place of `next`); the others then cost nothing.
 
     Args:
       model, input_ids, attention_mask, max_new_tokens, temperature, top_k, top_p, key, eos_token_id, pad_token_id: as
         in `generate`.
 
     Raises:
-      ValueError: as in `generate`, or rows were sent that there are none of.
+      ValueError: as in `generate`, or a row number that was sent does not exist.
 
     >>> from melora_jax.models import model_from_config
     >>> sizes = dict(vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=7,
@@ -139,7 +150,7 @@ def stream(
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
-    """A checked call. The prompts `[b, t]` are padded left to a rounded width."""
+    """A checked call, with prompts `[b, t]` that are left-padded to a rounded width."""
 
     programs: Programs
     state: nnx.State
@@ -169,7 +180,8 @@ def _task(
     check_count("max_new_tokens", max_new_tokens)
     if sampling.temperature is not None and key is None:
         raise ValueError(
-            f"temperature={sampling.temperature:g} draws tokens, which takes a key; give one, such as jax.random.key(0)"
+            f"temperature={sampling.temperature:g} samples tokens, which needs a key; give one, such as "
+            "jax.random.key(0)"
         )
     vocabulary = model.sizes.vocab_size
     ends = _end_tokens(model, eos_token_id)
@@ -181,7 +193,7 @@ def _task(
     _require_context(prompts, max_new_tokens, model.max_length)
     ids, valid = _padded_left(prompts)
     graphdef, state = nnx.split(model)
-    # of one size for up to eight, so that their number compiles nothing anew
+    # padded to a multiple of eight, so that another number of end tokens rarely compiles another program
     room = -len(ends) % 8 if ends else 8
     rules = Rules(sampling, key, jnp.array([*ends, *[NO_TOKEN] * room], jnp.int32), jnp.int32(pad))
     places = _rounded_up(ids.shape[1] + _rounded_up(max_new_tokens))
@@ -189,7 +201,7 @@ def _task(
 
 
 def _end_tokens(model: CausalLM, given: int | Sequence[int] | None) -> tuple[int, ...]:
-    """The tokens that end a row. A chat model's are in generation_config.json, and its config.json may have others."""
+    """The tokens that end a row. For a chat model, generation_config.json takes precedence over config.json."""
     file = Path(model.folder) / GENERATION_CONFIG
     if given is None and model.folder and file.is_file():
         given = read_json(file).get("eos_token_id")
@@ -201,7 +213,7 @@ def _end_tokens(model: CausalLM, given: int | Sequence[int] | None) -> tuple[int
 
 
 def _padding(model: CausalLM, ends: tuple[int, ...]) -> int:
-    # some configurations have -1 for none
+    # some configurations write -1 for "none"
     configured = model.config.get("pad_token_id")
     return configured if _is_token(configured, model.sizes.vocab_size) else next(iter(ends), 0)
 
@@ -211,15 +223,15 @@ def _is_token(token: Any, vocabulary: int) -> TypeGuard[int]:
 
 
 def _prompts_of(input_ids: ArrayLike, attention_mask: ArrayLike | None, vocabulary: int) -> list[np.ndarray]:
-    """The tokens of each row without its padding, wherever that stands.
+    """The tokens of each row without its padding.
 
     Args:
-      input_ids: whole numbers `[b, t]`.
-      attention_mask: `[b, t]`, 0 at padding; None where there is none.
-      vocabulary: ids lie below it.
+      input_ids: int `[b, t]`.
+      attention_mask: `[b, t]`, 0 at padding; None if there is no padding.
+      vocabulary: the number of token ids.
 
     Raises:
-      ValueError: there is no row or one without tokens, lengths or shapes differ, or an id is outside the vocabulary.
+      ValueError: there are no rows, a row has no tokens, shapes or lengths differ, or an id is outside the vocabulary.
 
     >>> [row.tolist() for row in _prompts_of([[0, 7, 8], [9, 0, 0]], [[0, 1, 1], [1, 0, 0]], 11)]
     [[7, 8], [9]]
@@ -246,11 +258,7 @@ def _matrix(input_ids: ArrayLike) -> np.ndarray:
 
 
 def _require_context(prompts: Sequence[np.ndarray], max_new_tokens: int, limit: int) -> None:
-    """Checks that every prompt and its new tokens fit into a context of `limit` tokens.
-
-    Raises:
-      ValueError: one does not.
-    """
+    """Raises a ValueError if a prompt with its new tokens exceeds the context of `limit` tokens."""
     lengths = [len(prompt) for prompt in prompts]
     longest = max(lengths)
     if longest + max_new_tokens <= limit:
@@ -265,11 +273,7 @@ def _require_context(prompts: Sequence[np.ndarray], max_new_tokens: int, limit: 
 
 
 def _padded_left(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids, int32, and which are tokens, bool: both `[b, t]`, t rounded up.
-
-    Args:
-      prompts: each of at least one token.
-    """
+    """Left-padded token ids, int32 `[b, t]`, and a mask of the tokens, bool `[b, t]`, with t rounded up."""
     width = _rounded_up(max(map(len, prompts)))
     ids, valid = np.zeros((len(prompts), width), np.int32), np.zeros((len(prompts), width), bool)
     for row, prompt in enumerate(prompts):
@@ -279,7 +283,7 @@ def _padded_left(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]
 
 
 def _rounded_up(count: int) -> int:
-    """At most a quarter more, or a multiple of 16: few sizes, so that few programs are compiled.
+    """Rounds to one of few sizes, at most a quarter or 15 larger, so that few programs are compiled.
 
     >>> [_rounded_up(count) for count in (1, 16, 17, 100, 129, 2049)]
     [16, 16, 32, 112, 160, 2560]
@@ -293,7 +297,7 @@ def _steps(task: _Task, limit: int) -> Generator[NewTokens, Sequence[int] | None
     for left in reversed(range(limit)):
         following = None
         if left:
-            # under way, and the first time compiled, while the caller is busy with the token before it
+            # dispatched (and at first compiled) before the caller handles the current token
             following, cache = task.programs.step(task.state, cache, newest, task.rules)
         rows = yield NewTokens(_checked_tokens(np.asarray(newest.tokens)), np.asarray(newest.stopped))
         if following is None or newest.stopped.all():
@@ -306,7 +310,7 @@ def _steps(task: _Task, limit: int) -> Generator[NewTokens, Sequence[int] | None
 def _checked_rows(rows: Sequence[int], count: int) -> np.ndarray:
     found = np.asarray(rows, np.int32)
     if found.ndim != 1 or not found.size or found.min() < 0 or found.max() >= count:
-        raise ValueError(f"rows {list(rows)} to go on with: give some numbers of rows, from 0 to {count - 1}")
+        raise ValueError(f"rows {list(rows)} to continue: give at least one row number, each from 0 to {count - 1}")
     return found
 
 
@@ -320,7 +324,7 @@ def _checked_tokens(tokens: np.ndarray) -> np.ndarray:
 
 
 def _generation(tokens: np.ndarray, ends: np.ndarray) -> Generation:
-    """Cuts what no row has reached. Tokens after a row's first end are padding already."""
+    """Cuts the columns after the longest row. Tokens after a row's end are padding already."""
     is_end = np.isin(tokens, ends)
     stopped = np.asarray(is_end.any(axis=1))
     lengths = np.where(stopped, is_end.argmax(axis=1) + 1, tokens.shape[1]).astype(np.int32)

@@ -164,7 +164,7 @@ def test_rows_that_there_are_none_of_are_refused(model, rows):
     ids, mask = prompts()
     steps = stream(model, ids, mask, max_new_tokens=SHORT, eos_token_id=())
     next(steps)
-    with pytest.raises(ValueError, match="to go on with: give some numbers of rows, from 0 to 2"):
+    with pytest.raises(ValueError, match="to continue: give at least one row number, each from 0 to 2"):
         steps.send(rows)
 
 
@@ -264,7 +264,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "top_p 0": ({"temperature": 1.0, "top_p": 0.0}, "top_p=0.0 must be a number above 0 and at most 1"),
     "top_p over 1": ({"temperature": 1.0, "top_p": 1.1}, "top_p=1.1 must be"),
     "a filter and nothing drawn": ({"top_p": 0.9}, "temperature=0 always takes the likeliest; set temperature"),
-    "no key": ({"temperature": 1.0}, "takes a key; give one, such as"),
+    "no key": ({"temperature": 1.0}, "needs a key; give one, such as"),
     "end outside the vocabulary": ({"eos_token_id": [5, 101]}, "eos_token_id=101 must be a token .* to 100"),
     "end no token": ({"eos_token_id": "5"}, "eos_token_id='5' must be a token"),
     "padding outside": ({"pad_token_id": -1}, "pad_token_id=-1 must be a token"),
