@@ -1,9 +1,9 @@
-"""Meshes, and where each variable and activation lies on one. Knows paths and shapes, no layers.
+"""Meshes, and the sharding of variables and activations by path and shape.
 
-A mesh has three axes: `data` and `fsdp` share out the rows of a batch, `fsdp` the base's kernels too, which are
-gathered where they are used, and `tensor` the heads and the inner features. Variables carry no sharding metadata: one
-ordered table, `RULES`, says from a variable's path which logical axes it has, and `MESH_AXES` over which mesh axis each
-of them is cut. The mesh in force is JAX's own: `with jax.set_mesh(mesh):`, or `make_train_step(..., mesh=mesh)`.
+A mesh has three axes. `data` and `fsdp` split the rows of a batch; `fsdp` also splits the base's kernels, which are
+gathered for each use; `tensor` splits the heads and the inner features. Variables carry no sharding metadata. Instead,
+the ordered table `RULES` maps a variable's path to its logical axes, and `MESH_AXES` maps these to mesh axes. The mesh
+in force is JAX's own: `with jax.set_mesh(mesh):`, or `make_train_step(..., mesh=mesh)`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from melora_jax.nn.tree import path_of, without_base
 DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
 BATCH = (DATA, FSDP)
 
-# The first pattern that matches a path's end counts. None: an axis that is never cut.
+# The first pattern that matches the end of a path applies. None: an axis that is never sharded.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(word_embeddings|embed_tokens)/embedding", ("vocab", "embed")),
     (r"(position|token_type)_embeddings/embedding", (None, "embed")),
@@ -41,21 +41,22 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(pooler/dense|pre_classifier|classifier/dense|classifier/out_proj|classifier)/bias", (None,)),
     (r"\w*(layer_?norm|LayerNorm|norm)/(scale|bias)", (None,)),
 )
-_CODES = r"/codes$|(?<!norm)(?<!Norm)/scale$"  # codes and scales are cut like the kernel that they stand for
+_CODES = r"/codes$|(?<!norm)(?<!Norm)/scale$"  # quantised codes and scales are sharded like their kernel
 MESH_AXES: dict[str, str] = {"vocab": TENSOR, "embed": FSDP, "heads": TENSOR, "kv_heads": TENSOR, "mlp": TENSOR}
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh of all devices, of every process, with the axes data, fsdp and tensor, partitioned by XLA (Auto axes).
+    """A mesh of all devices of all processes with the axes data, fsdp and tensor, which XLA partitions (Auto axes).
+
+    One of the three sizes may be -1, which stands for the remaining devices.
 
     Args:
-      data: parts that the batch's rows are shared out to; the base is whole in each.
-      fsdp: the same, but the base's kernels are shared out too and gathered where they are used.
-      tensor: parts that heads and inner features, and the mini-adapters with them, are shared out to.
-      One of the three may be -1: as many as the devices leave.
+      data: the number of parts into which the rows of a batch are split; each part holds the whole base.
+      fsdp: the same, but the base's kernels are split too, and gathered for each use.
+      tensor: the number of parts into which heads, inner features and mini-adapters are split.
 
     Raises:
-      ValueError: a size below 1, more than one -1, or a product that is not the number of devices.
+      ValueError: a size is below 1, more than one is -1, or the product is not the number of devices.
 
     >>> make_mesh().axis_names, make_mesh(data=-1).size == jax.device_count()
     (('data', 'fsdp', 'tensor'), True)
@@ -71,7 +72,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
 
 
 def _filled(sizes: tuple[int, ...], devices: int) -> tuple[int, ...]:
-    """`sizes` with the number that the devices leave in place of -1."""
+    """`sizes` with -1 replaced by the number of remaining devices."""
     for name, size in zip(AXES, sizes, strict=True):
         if isinstance(size, bool) or not isinstance(size, int) or (size < 1 and size != -1):
             raise ValueError(f"mesh axis {name}={size!r} must be a whole number of at least 1, or -1 for the rest")
@@ -82,7 +83,7 @@ def _filled(sizes: tuple[int, ...], devices: int) -> tuple[int, ...]:
 
 
 def active_mesh() -> AbstractMesh | None:
-    """The mesh in force where our layers cut themselves: of our axes, over more than one device, none yet manual."""
+    """The mesh in force if it has our axes, all of them Auto, and more than one device; otherwise None."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.axis_names != AXES or mesh.size == 1 or any(kind is not AxisType.Auto for kind in mesh.axis_types):
         return None
@@ -90,23 +91,23 @@ def active_mesh() -> AbstractMesh | None:
 
 
 def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[object]:
-    """Puts `mesh` in force while a function is traced, where `jax.set_mesh` can't be entered; None changes nothing."""
+    """Like `jax.set_mesh`, but may be entered while a function is traced; None changes nothing."""
     return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How one model's variables lie on a mesh: `RULES`, and how many heads the model has to share out.
+    """The sharding of one model's variables: `RULES` and the model's numbers of heads.
 
     Attributes:
-      heads, kv_heads: of its attention; an axis of heads is cut between heads, never inside one.
+      heads, kv_heads: of its attention. An axis of heads is cut between heads, never inside one.
     """
 
     heads: int
     kv_heads: int
 
     def units(self, path: str, shape: tuple[int, ...]) -> tuple[int | None, ...]:
-        """For each axis of a variable, between how many units `tensor` may cut it; None where it may not.
+        """For each axis of a variable, the number of units between which `tensor` may cut it; None if it may not.
 
         >>> Layout(heads=4, kv_heads=2).units("layers/0/self_attn/k_proj/kernel", (24, 12))
         (None, 2)
@@ -120,7 +121,7 @@ class Layout:
         return {"heads": self.heads, "kv_heads": self.kv_heads}.get(axis, size)
 
     def spec(self, path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-        """The partition of the variable at `path`; an axis that its mesh axis does not divide is not cut.
+        """The partition of the variable at `path`. An axis whose size its mesh axis does not divide is not cut.
 
         Raises:
           ValueError: no rule covers the path.
@@ -134,7 +135,7 @@ class Layout:
         axes = []
         for axis, size in zip(logical_axes(path, shape), shape, strict=True):
             over = None if axis is None else MESH_AXES[axis]
-            # Of a quantised kernel's scales there may be fewer than units.
+            # A quantised kernel may have fewer scales than units.
             parts = 1 if over is None else mesh.shape[over]
             divides = axis is not None and self._units(axis, size) % parts == size % parts == 0
             axes.append(over if divides else None)
@@ -142,7 +143,7 @@ class Layout:
 
 
 def logical_axes(path: str, shape: tuple[int, ...]) -> tuple[str | None, ...]:
-    """The logical axes of the variable at `path`; axes in front of those of its rule, of a stack, are not cut.
+    """The logical axes of the variable at `path`. Leading axes that its rule lacks, those of a stack, are None.
 
     Raises:
       ValueError: no rule covers the path, or the rule has more axes than the variable.
@@ -156,19 +157,22 @@ def logical_axes(path: str, shape: tuple[int, ...]) -> tuple[str | None, ...]:
             return (None,) * (len(shape) - len(axes)) + axes
     raise ValueError(
         f"no sharding rule covers {path} of shape {list(shape)}; add its path and logical axes to RULES in "
-        "melora_jax/sharding.py"
+        "melora_jax/nn/sharding.py"
     )
 
 
 def batch_spec(shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> tuple[tuple[str, ...] | None, ...]:
-    """The partition of an array whose first axis is the batch: rows over data and fsdp where these divide them."""
+    """The partition of an array whose first axis is the batch: over data and fsdp if they divide it."""
     parts = mesh.shape[DATA] * mesh.shape[FSDP]
     rows = BATCH if shape and shape[0] % parts == 0 else None
     return (rows, *[None] * (len(shape) - 1))[: len(shape)]
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Where a batch's arrays lie: their rows over data and fsdp.
+    """The sharding of a batch's arrays: their first axis over data and fsdp.
+
+    Args:
+      mesh: from `make_mesh`.
 
     >>> batch_sharding(make_mesh(data=-1)).spec
     P(('data', 'fsdp'),)
@@ -177,11 +181,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def constrain(x: jax.Array, tensor: int | None = None, *, rows: int = 0) -> jax.Array:
-    """`x` with its rows over data and fsdp, axis number `tensor` over tensor where that divides it, the rest whole.
+    """Constrains the sharding of an activation; without a mesh in force, returns `x`.
 
-    `rows` is the number of the rows' axis, the batch's.
-
-    Without a mesh in force `x` is returned as it is.
+    Args:
+      x: any array.
+      tensor: the number of the axis to split over tensor, if tensor divides it; None for none.
+      rows: the number of the batch's axis, which is split over data and fsdp if they divide it.
     """
     mesh = active_mesh()
     if mesh is None:
@@ -193,7 +198,7 @@ def constrain(x: jax.Array, tensor: int | None = None, *, rows: int = 0) -> jax.
 
 
 def mesh_of(array: object) -> Mesh | None:
-    """The mesh that an array (or its abstract shape) lies on; None for one device, or another kind of placement."""
+    """The mesh of an array or abstract array, if it has our axes; None otherwise."""
     sharding = getattr(array, "sharding", None)
     if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) and sharding.mesh.axis_names == AXES:
         return sharding.mesh
@@ -201,18 +206,18 @@ def mesh_of(array: object) -> Mesh | None:
 
 
 def shardings_of(tree: Any) -> Any:
-    """The same tree with each array's sharding in its place."""
+    """The tree of the arrays' shardings."""
     return jax.tree.map(lambda x: x.sharding, tree)
 
 
 def shardings_like(tree: Any, parameters: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """The shardings of an optimizer's state: each leaf that belongs to a parameter lies as it does.
+    """The shardings of an optimizer's state: each leaf that belongs to a parameter has that parameter's sharding.
 
     Args:
-      tree: the state, of arrays or abstract shapes.
-      parameters: what it optimizes. A leaf belongs to a parameter if its path ends with that one's and their shapes
-        are equal; other leaves, such as counts, are whole on every device.
-      mesh: where the parameters lie.
+      tree: the state, of arrays or abstract arrays.
+      parameters: what it optimizes. A leaf belongs to a parameter if its path ends with the parameter's path and their
+        shapes are equal. Other leaves, such as counts, are replicated.
+      mesh: the mesh of the parameters.
     """
     placed = {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(parameters)}
 
@@ -227,11 +232,11 @@ def shardings_like(tree: Any, parameters: Any, mesh: Mesh | AbstractMesh) -> Any
 
 
 def mesh_of_tree(tree: Any) -> Mesh | None:
-    """The mesh that the first of a tree's arrays lies on that lies on one; None where none does."""
+    """The mesh of the first array in a tree that has one (see `mesh_of`); None if none has."""
     return next((mesh for leaf in jax.tree.leaves(tree) if (mesh := mesh_of(leaf)) is not None), None)
 
 
 def put(value: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """An array that every process has whole, cut to its place on a mesh."""
+    """Places an array on a mesh. Every process must pass the whole array."""
     host = np.asarray(value)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
