@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from flax import nnx
 
@@ -18,9 +17,7 @@ from melora_jax.checkpoints.native_format import TENSOR_FILE, write_adapter
 from melora_jax.checkpoints.peft.export import PeftFormat, write_peft
 from melora_jax.checkpoints.peft.reader import read_peft
 from melora_jax.checkpoints.save_load import import_peft, load_adapter, peft_host, provenance_of
-from melora_jax.models import Model, from_pretrained, model_from_config, save_pretrained
-from melora_jax.models.hub.checkpoint import checkpoint_source, config_of
-from melora_jax.models.hub.names import family_of
+from melora_jax.models import Checkpoint, Model, abstract_model, from_pretrained, open_checkpoint, save_pretrained
 
 
 def export_folder(adapter: str | Path, folder: str | Path, *, format: PeftFormat, base: str | None) -> Path:
@@ -88,25 +85,24 @@ def _base_of(tree: AdapterTree, base: str | None, adapter: str | Path) -> str:
 
 
 def _loaded(tree: AdapterTree, base: str) -> Model:
-    config, where = config_of(checkpoint_source(base))
-    dtype = "bfloat16" if "bfloat16" in (config.get("dtype"), config.get("torch_dtype")) else "float32"
-    task = _task(tree, config, where)
-    return from_pretrained(base, task=task, num_labels=_labels(tree, task), dtype=dtype)
+    checkpoint = open_checkpoint(base)
+    stored = (checkpoint.config.get("dtype"), checkpoint.config.get("torch_dtype"))
+    dtype = "bfloat16" if "bfloat16" in stored else "float32"
+    task = _task(tree, checkpoint)
+    return from_pretrained(checkpoint, task=task, num_labels=_labels(tree, task), dtype=dtype)
 
 
 def _without_values(tree: AdapterTree, base: str) -> nnx.Module:
-    source = checkpoint_source(base)
-    config, where = config_of(source)
-    task = _task(tree, config, where)
-    labels = _labels(tree, task)
-    model = nnx.eval_shape(lambda: model_from_config(config, task=task, num_labels=labels, where=where))
-    model.folder = str(source)
+    checkpoint = open_checkpoint(base)
+    task = _task(tree, checkpoint)
+    model = abstract_model(checkpoint, task=task, num_labels=_labels(tree, task))
+    model.folder = str(checkpoint.source)
     return model
 
 
-def _task(tree: AdapterTree, config: dict[str, Any], where: str) -> str:
+def _task(tree: AdapterTree, checkpoint: Checkpoint) -> str:
     """The task that the adapter names, else the usual one of its base."""
-    return tree.task or ("causal-lm" if family_of(config, where).is_decoder else "sequence-classification")
+    return tree.task or ("causal-lm" if checkpoint.family.is_decoder else "sequence-classification")
 
 
 def _labels(tree: AdapterTree, task: str) -> int | None:

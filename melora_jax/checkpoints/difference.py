@@ -13,35 +13,40 @@ from melora_jax.checkpoints.adapter_state import config_of_sites
 from melora_jax.checkpoints.approximation import Approximation
 from melora_jax.checkpoints.arithmetic import compress_deltas
 from melora_jax.config import is_suffix
-from melora_jax.models.hub.checkpoint import checkpoint_source, config_of, open_tensors, tensor_files
-from melora_jax.models.hub.names import Family, family_of, flax_from_torch
+from melora_jax.models import Checkpoint, open_checkpoint
+from melora_jax.models.hub.names import Family, flax_from_torch
 
 
 @dataclasses.dataclass(frozen=True)
 class _Checkpoint:
     """A checkpoint's tensors by their canonical names: the file, and the name in it."""
 
-    path: Path
-    family: Family
+    opened: Checkpoint
     task: str
     tensors: dict[str, tuple[Path, str]]
 
+    @property
+    def path(self) -> Path | None:
+        return self.opened.source
+
+    @property
+    def family(self) -> Family:
+        return self.opened.family
+
     def read(self, name: str) -> np.ndarray:
         file, key = self.tensors[name]
-        with open_tensors(file) as tensors:
+        with self.opened.open(file) as tensors:
             return np.asarray(tensors.read(key), np.float32)
 
 
 def _checkpoint(path_or_id: str | Path) -> _Checkpoint:
-    source = checkpoint_source(path_or_id)
-    config, where = config_of(source)
-    family = family_of(config, where)
-    classifies = any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or ())
+    opened = open_checkpoint(path_or_id)
+    family, files = opened.family, opened.files
+    classifies = any(name.endswith("ForSequenceClassification") for name in opened.config.get("architectures") or ())
     task = "causal-lm" if family.is_decoder and not classifies else "sequence-classification"
-    files = tensor_files(source)
     names = {key: family.canonical(key, task) for key in files}
     kept = {name: (files[key], key) for key, name in names.items() if not family.ignorable(name, task, ())}
-    return _Checkpoint(source, family, task, kept)
+    return _Checkpoint(opened, task, kept)
 
 
 def compress_difference(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Generator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 import jax
@@ -17,7 +16,7 @@ from melora_jax.files.safetensors_io import read_json
 from melora_jax.generation.decode_loop import NO_TOKEN, Programs, Rules, programs
 from melora_jax.generation.sampling import Sampling, checked_sampling
 from melora_jax.models.decoders.heads import CausalLM
-from melora_jax.models.hub.checkpoint import GENERATION_CONFIG
+from melora_jax.models.hub.checkpoint import origin_of
 from melora_jax.models.inputs import checked_mask, matrix_of_whole_numbers, require_below
 from melora_jax.validation import check_count
 
@@ -202,8 +201,8 @@ def _task(
 
 def _end_tokens(model: CausalLM, given: int | Sequence[int] | None) -> tuple[int, ...]:
     """The tokens that end a row. For a chat model, generation_config.json takes precedence over config.json."""
-    file = Path(model.folder) / GENERATION_CONFIG
-    if given is None and model.folder and file.is_file():
+    file = origin_of(model).generation_config
+    if given is None and file is not None:
         given = read_json(file).get("eos_token_id")
     if given is None:
         given = model.config.get("eos_token_id")

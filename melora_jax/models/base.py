@@ -7,11 +7,13 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 
 from melora_jax.nn.sharding import Layout
 
 TASKS = ("sequence-classification", "regression", "encoder", "causal-lm")
+MODEL_DTYPES = {name: jnp.dtype(name) for name in ("float32", "bfloat16")}
 
 
 class HFConfig(Mapping[str, Any]):

@@ -74,6 +74,15 @@ def walk(root: Any) -> Iterator[tuple[Path, Any]]:
     return visit((), root)
 
 
+def variables_of(node: Any) -> dict[str, nnx.Variable]:
+    """Every variable of a module, of whatever type, by its path; a shared one once.
+
+    >>> sorted(variables_of(nnx.Linear(2, 3, rngs=nnx.Rngs(0))))
+    ['bias', 'kernel']
+    """
+    return {path_of(path): variable for path, variable in nnx.to_flat_state(nnx.state(node))}
+
+
 def rewrite(root: Any, swap: Swap) -> Any:
     """Replaces nodes in place: each is set to `swap(path, node)` wherever it stands.
 

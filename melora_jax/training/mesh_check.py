@@ -10,7 +10,6 @@ import contextvars
 import dataclasses
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,9 +23,8 @@ from melora_jax.adapters.melora import MELoRADense
 from melora_jax.adapters.params import FrozenParam, MELoRAParam
 from melora_jax.adapters.plan import plan_sites
 from melora_jax.config import MELoRAConfig
-from melora_jax.models.auto import model_from_config, sizes_of
+from melora_jax.models import Checkpoint, ModelSource, abstract_model, model_from_config, open_checkpoint
 from melora_jax.models.decoders.config import DecoderConfig
-from melora_jax.models.hub.checkpoint import checkpoint_source, config_of
 from melora_jax.models.hub.placement import place_model
 from melora_jax.nn.sharding import AXES, DATA, FSDP, TENSOR, batch_sharding, put
 from melora_jax.nn.tree import path_of, rewrite, walk
@@ -38,7 +36,7 @@ _seen: contextvars.ContextVar[dict[str, jax.Array] | None] = contextvars.Context
 
 
 def check_mesh(
-    path_or_id: str | Path,
+    path_or_id: ModelSource,
     config: MELoRAConfig,
     mesh: Mesh,
     *,
@@ -59,6 +57,7 @@ def check_mesh(
       ValueError: the two differ by more than rounding; the message names the first layer whose output does.
 
     >>> import json, tempfile
+    >>> from pathlib import Path
     >>> from melora_jax.nn.sharding import make_mesh
     >>> sizes = dict(vocab_size=12, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=4,
     ...              max_position_embeddings=16)
@@ -66,10 +65,12 @@ def check_mesh(
     ...     _ = Path(folder, "config.json").write_text(json.dumps({"model_type": "bert", **sizes}))
     ...     check_mesh(folder, MELoRAConfig(n=2, targets=["query"]), make_mesh(data=-1))
     """
-    values, where = config_of(checkpoint_source(path_or_id))
-    full = nnx.eval_shape(lambda: model_from_config(values, task=task, num_labels=num_labels, where=where))
-    small = _small(values, where, mesh)
-    alone, placed = (model_from_config(small, task=task, num_labels=num_labels, where=where) for _ in range(2))
+    checkpoint = open_checkpoint(path_or_id)
+    full = abstract_model(checkpoint, task=task, num_labels=num_labels)
+    small = _small(checkpoint, mesh)
+    alone, placed = (
+        model_from_config(small, task=task, num_labels=num_labels, where=checkpoint.where) for _ in range(2)
+    )
     place_model(placed, mesh)
     for twin in (alone, placed):
         adapt(twin, _twin_config(config, full, twin), rngs=nnx.Rngs(0))
@@ -79,17 +80,16 @@ def check_mesh(
     require_equal_on(mesh, alone, placed, ids.astype(np.int32))
 
 
-def _small(values: Mapping[str, Any], where: str, mesh: Mesh) -> dict[str, Any]:
+def _small(checkpoint: Checkpoint, mesh: Mesh) -> dict[str, Any]:
     """The configuration with few layers and a small vocabulary; `tensor` divides it if it divides the real one."""
-    sizes = sizes_of(values, where)
-    small = dict(values)
+    sizes, small = checkpoint.sizes, dict(checkpoint.config)
     tensor = mesh.shape[TENSOR]
     small["vocab_size"] = min(sizes.vocab_size, 64 * tensor + (1 if sizes.vocab_size % tensor else 0))
     kinds = sizes.layer_types if isinstance(sizes, DecoderConfig) else ("layer",)
     layers = 1 + max(kinds.index(kind) for kind in set(kinds))
-    small["n_layers" if "n_layers" in values else "num_hidden_layers"] = layers
-    if "layer_types" in values:
-        small["layer_types"] = values["layer_types"][:layers]
+    small["n_layers" if "n_layers" in small else "num_hidden_layers"] = layers
+    if "layer_types" in small:
+        small["layer_types"] = small["layer_types"][:layers]
     return small
 
 

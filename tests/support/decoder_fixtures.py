@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from melora_jax.models import Model, model_from_config
-from melora_jax.models.hub.load import variables_of
+from melora_jax.nn.tree import variables_of
 from tests.support.models_fixtures import tensors_of, write_checkpoint
 
 VOCAB, TOKENS = 101, 19

@@ -27,9 +27,9 @@ from flax import nnx
 import melora_jax as mj
 from melora_jax.files.safetensors_io import write_tensors
 from melora_jax.models import model_from_config
-from melora_jax.models.hub.load import variables_of
 from melora_jax.models.hub.names import torch_name, torch_shape
 from melora_jax.nn import batch_sharding
+from melora_jax.nn.tree import variables_of
 
 CONFIG = {
     "model_type": "llama",

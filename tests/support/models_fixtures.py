@@ -14,8 +14,8 @@ from flax import nnx
 
 from melora_jax.files.safetensors_io import write_tensors
 from melora_jax.models import Model, model_from_config
-from melora_jax.models.hub.load import variables_of
 from melora_jax.models.hub.names import torch_from_flax
+from melora_jax.nn.tree import variables_of
 
 _BERT: dict[str, Any] = {
     "vocab_size": 101,

@@ -19,13 +19,12 @@ class CausalLM(HuggingFaceModel):
 
     Args:
       parts: makes the layers.
-      remat: as in `DecoderModel`.
     """
 
-    def __init__(self, parts: DecoderParts, *, remat: str = "none") -> None:
+    def __init__(self, parts: DecoderParts) -> None:
         sizes = parts.config
         self.sizes = sizes
-        self.model = DecoderModel(parts, remat=remat, prefix="model/")
+        self.model = DecoderModel(parts, prefix="model/")
         if not sizes.tied:
             self.lm_head = parts.linear(
                 sizes.hidden_size, sizes.vocab_size, bias=False, output_dtype=jnp.dtype(jnp.float32)
@@ -104,11 +103,10 @@ class DecoderForSequenceClassification(HuggingFaceModel):
     Args:
       parts: makes the layers.
       num_labels: outputs of the head.
-      remat: as in `DecoderModel`.
     """
 
-    def __init__(self, parts: DecoderParts, num_labels: int, *, remat: str = "none") -> None:
-        self.model = DecoderModel(parts, remat=remat, prefix="model/")
+    def __init__(self, parts: DecoderParts, num_labels: int) -> None:
+        self.model = DecoderModel(parts, prefix="model/")
         self.score = parts.linear(parts.config.hidden_size, num_labels, bias=False, output_dtype=jnp.dtype(jnp.float32))
 
     def __call__(

@@ -65,12 +65,14 @@ class TokenEmbedding(Table):
 class DecoderParts:
     """Makes the parts of a decoder: Flax layers whose parameters and computation have one dtype.
 
-    Kernels and embeddings are drawn from N(0, initializer_range²), as in Hugging Face.
+    Kernels and embeddings are drawn from N(0, initializer_range²), as in Hugging Face. `remat` says what the backward
+    pass recomputes: "none", "dots" (all but products with kernels) or "full" (each layer from its input).
     """
 
     config: DecoderConfig
     dtype: jnp.dtype
     rngs: nnx.Rngs
+    remat: str = "none"
 
     def linear(self, d_in: int, d_out: int, *, bias: bool, output_dtype: jnp.dtype | None = None) -> ParallelLinear:
         """A dense layer; `output_dtype` is what its products are summed and returned in, None for the layers' own."""

@@ -21,9 +21,9 @@ from melora_jax.models.inputs import checked_mask, dropout_on, matrix_of_whole_n
 from melora_jax.nn.scan_layers import Layers
 from melora_jax.nn.sharding import constrain
 
-REMAT = ("none", "dots", "full")
-# what the forward pass keeps of a layer for the backward pass, which computes the rest again
+# what the forward pass keeps of a layer for the backward pass, which recomputes the rest
 _POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+REMAT = ("none", *_POLICIES)
 
 
 class DecoderModel(HuggingFaceModel):
@@ -31,16 +31,14 @@ class DecoderModel(HuggingFaceModel):
 
     Args:
       parts: makes the layers.
-      remat: what the backward pass computes again: "none", "dots" (all but products with kernels) or "full" (each
-        layer from its input).
       prefix: what its variables' paths begin with inside a model with a head, "model/"; "" on its own.
     """
 
-    def __init__(self, parts: DecoderParts, *, remat: str = "none", prefix: str = "") -> None:
+    def __init__(self, parts: DecoderParts, *, prefix: str = "") -> None:
         sizes = parts.config
         self.sizes: DecoderConfig = sizes
         self.prefix = prefix
-        self.remat = remat
+        self.remat = parts.remat
         self.embed_tokens = parts.embed()
         kind = GemmaLayer if sizes.gemma else DecoderLayer
         self.layers = Layers([kind(parts, sizes.window_of(index)) for index in range(sizes.num_layers)])

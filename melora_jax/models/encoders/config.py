@@ -79,6 +79,11 @@ class EncoderConfig:
     position_pad: int | None = None
 
     @property
+    def num_kv_heads(self) -> int:
+        """Key and value heads: each query head has its own."""
+        return self.num_heads
+
+    @property
     def max_length(self) -> int:
         """The longest sequence, in tokens."""
         return self.max_positions if self.position_pad is None else self.max_positions - self.position_pad - 1

@@ -12,7 +12,7 @@ import dataclasses
 import math
 import struct
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -66,8 +66,8 @@ class GGUFFile:
     ...     writer.add_tensor("output_norm.weight", np.ones(3, np.float32))
     ...     writer.write_header_to_file(); writer.write_kv_data_to_file(); writer.write_tensors_to_file()
     ...     writer.close()
-    ...     with GGUFFile(f"{folder}/tiny.gguf") as file:
-    ...         file.fields["general.architecture"], file.read("output_norm.weight")
+    ...     file = GGUFFile(f"{folder}/tiny.gguf")
+    ...     file.fields["general.architecture"], file.read("output_norm.weight")
     ('llama', array([1., 1., 1.], dtype=float32))
     """
 
@@ -77,27 +77,18 @@ class GGUFFile:
             raise FileNotFoundError(f"{self.path} does not exist; check the name, or fetch the file again")
         if self.path.stat().st_size == 0:
             raise ValueError(f"{self.path} is empty; fetch the file again")
-        self._bytes = np.memmap(self.path, np.uint8, "r")
-        header = _Header(self._bytes.data, self.path)
+        header = _Header(np.memmap(self.path, np.uint8, "r").data, self.path)
         header.require_readable()
         tensors, fields = header.number("Q"), header.number("Q")
         self.fields: dict[str, Any] = header.fields(fields)
         _require_whole(self.fields, self.path)
         self.tensors: dict[str, Packed] = header.tensors(tensors, self.fields.get("general.alignment", _ALIGNMENT))
 
-    def __enter__(self) -> GGUFFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        del self._bytes
-
     def read(self, name: str) -> np.ndarray:
         """Tensor `name`, dequantised to float32; the array is the caller's own."""
         packed = self.tensors[name]
         rows = (*packed.shape[:-1], packed.row_bytes)
-        stored = self._bytes[packed.start : packed.start + math.prod(rows)].reshape(rows)
+        stored = np.memmap(self.path, np.uint8, "r", packed.start, rows)
         array = np.asarray(_gguf().dequantize(stored, _ggml_type(packed.type, name, self.path)))
         return array.copy() if np.may_share_memory(array, stored) else array
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -62,15 +61,6 @@ class GGUFTensors:
         self._architecture = architecture_of(self._file)
         self.config: dict[str, Any] = config_from_gguf(self._file)
         self._names = {self._named(name): name for name in self._file.tensors if name != ROPE_FACTORS}
-
-    def __enter__(self) -> GGUFTensors:
-        self._file.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._file.__exit__(kind, error, traceback)
 
     def keys(self) -> list[str]:
         """The Hugging Face names of the tensors, sorted."""

@@ -184,8 +184,7 @@ def tokenizer_from_gguf(path: str | Path) -> PreTrainedTokenizerFast:
     except ImportError as error:
         raise ValueError("a tokenizer needs transformers; install it: pip install 'melora_jax[gguf]'") from error
 
-    with GGUFFile(path) as file:
-        vocabulary = vocabulary_from_gguf(file)
+    vocabulary = vocabulary_from_gguf(GGUFFile(path))
     backend = _MODELS[vocabulary.model](vocabulary)
     _add_tokens(backend, vocabulary)
     _add_template(backend, vocabulary)

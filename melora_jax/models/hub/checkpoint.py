@@ -1,13 +1,21 @@
-"""Where a checkpoint is: a local folder, a GGUF file or the Hugging Face hub, and which file holds which tensor."""
+"""The checkpoint of a model: its configuration and its files, in a folder, a GGUF file or on the Hugging Face hub."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import re
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, TypeAlias
 
 from melora_jax.files.safetensors_io import TensorFile, read_json
+from melora_jax.models.base import HuggingFaceModel
+from melora_jax.models.decoders.config import DecoderConfig, decoder_config
+from melora_jax.models.encoders.config import EncoderConfig, encoder_config
 from melora_jax.models.gguf.tensors import GGUFTensors
+from melora_jax.models.hub.names import Family, family_of
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -28,13 +36,118 @@ TOKENIZER_FILES = (
 _FURTHER_FILES = (GENERATION_CONFIG, "*.safetensors", INDEX, *TOKENIZER_FILES)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A model's configuration and the files that hold the model, opened once and handed on.
+
+    Attributes:
+      config: the content of config.json, or what it would hold for a GGUF file.
+      where: the file that `config` is in, for errors.
+      name: the folder, file or hub id that was asked for; "" for a configuration without files.
+      source: the folder, which for a hub id is in the hub's cache, or the GGUF file; None without files.
+      packed: the open GGUF file; None for a folder.
+
+    >>> sizes = dict(vocab_size=11, hidden_size=6, num_hidden_layers=1, num_attention_heads=2, intermediate_size=7,
+    ...              max_position_embeddings=13)
+    >>> checkpoint = Checkpoint(config={"model_type": "bert", **sizes})
+    >>> checkpoint.family.prefix, checkpoint.sizes.num_layers, checkpoint.files
+    ('bert', 1, {})
+    """
+
+    config: Mapping[str, Any]
+    where: str = "config.json"
+    name: str = ""
+    source: Path | None = None
+    packed: GGUFTensors | None = None
+
+    @cached_property
+    def family(self) -> Family:
+        """The model family that the configuration names.
+
+        Raises:
+          ValueError: it is not supported.
+        """
+        return family_of(self.config, self.where)
+
+    @cached_property
+    def sizes(self) -> EncoderConfig | DecoderConfig:
+        """The hyperparameters, under one set of names for all families.
+
+        Raises:
+          ValueError: the model is not supported, or a value is missing or impossible.
+        """
+        return (decoder_config if self.family.is_decoder else encoder_config)(self.config, self.where)
+
+    @cached_property
+    def files(self) -> dict[str, Path]:
+        """The file of every tensor: the GGUF file, `model.safetensors`, or the files that its index names.
+
+        Raises:
+          FileNotFoundError: there are no safetensors, or a file that the index names is missing.
+          ValueError: a file is damaged, the index names a file outside the folder, or it contradicts the files.
+        """
+        if self.source is None:
+            return {}
+        return dict.fromkeys(self.packed.keys(), self.source) if self.packed else _safetensors_in(self.source)
+
+    @property
+    def has_safetensors(self) -> bool:
+        """Whether the folder is there, with safetensors in it."""
+        return self.source is not None and any((self.source / name).is_file() for name in (WEIGHTS, INDEX))
+
+    def open(self, file: Path) -> contextlib.AbstractContextManager[TensorFile | GGUFTensors]:
+        """The tensors of one of `files`, by their Hugging Face names.
+
+        Raises:
+          ValueError: the file is damaged.
+        """
+        return contextlib.nullcontext(self.packed) if self.packed else TensorFile(file)
+
+    @property
+    def generation_config(self) -> Path | None:
+        """The file of the settings for generating; None where there is none."""
+        file = None if self.source is None else self.source / GENERATION_CONFIG
+        return file if file is not None and file.is_file() else None
+
+
+ModelSource: TypeAlias = str | Path | Checkpoint
+
+
+def open_checkpoint(source: ModelSource, *, weights: bool = True) -> Checkpoint:
+    """Finds a checkpoint, fetches it if it is on the hub, and reads its configuration.
+
+    Args:
+      source: a folder, a GGUF file, or a hub id such as "roberta-base" or "org/name"; an open checkpoint is returned
+        as it is.
+      weights: fetch the weights and the tokenizer from the hub too, not config.json alone.
+
+    Raises:
+      FileNotFoundError: there is no such folder or no config.json, and the hub cannot be reached or does not have it.
+      ValueError: config.json does not hold a JSON object, or the GGUF file is damaged or of an unsupported model.
+    """
+    if isinstance(source, Checkpoint):
+        return source
+    place = checkpoint_source(source, weights)
+    if is_gguf(place):
+        packed = GGUFTensors(place)
+        return Checkpoint(config=packed.config, where=str(place), name=str(source), source=place, packed=packed)
+    file = place / "config.json"
+    return Checkpoint(config=read_json(file), where=str(file), name=str(source), source=place)
+
+
+def origin_of(model: HuggingFaceModel) -> Checkpoint:
+    """The checkpoint that a model was loaded from, described by the model; nothing is read."""
+    source = Path(model.folder) if model.folder else None
+    return Checkpoint(config=model.config, where=model.folder or "config.json", name=model.name_or_path, source=source)
+
+
 def checkpoint_source(path_or_id: str | Path, weights: bool = True) -> Path:
     """The local folder, or GGUF file, of a checkpoint; one that is not local is fetched from the hub into its cache.
 
     Only the configuration, safetensors and tokenizer files are fetched: nothing that could run code.
 
     Args:
-      path_or_id: a folder, a GGUF file, or a hub id such as "roberta-base" or "org/name".
+      path_or_id: a folder, a GGUF file, or a hub id.
       weights: fetch the weights and the tokenizer too, not config.json alone.
 
     Raises:
@@ -64,14 +177,14 @@ def _from_hub(repo_id: str, names: list[str]) -> Path:
     except (OSError, HFValidationError) as error:
         reason = " ".join(str(error).split())[:200]
         raise FileNotFoundError(
-            f"{repo_id!r} is no folder here and could not be fetched from the hub ({reason}); with a network run"
+            f"{repo_id!r} is not a folder here and could not be fetched from the hub ({reason}); with a network run"
             f" `hf download {repo_id} --local-dir FOLDER`, bring FOLDER here and give its path"
         ) from error
     return Path(fetched)
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a path is a GGUF file's, by its name.
+    """Whether a path names a GGUF file.
 
     >>> is_gguf(Path("model.gguf")), is_gguf(Path("model"))
     (True, False)
@@ -79,48 +192,19 @@ def is_gguf(path: Path) -> bool:
     return path.suffix.lower() == ".gguf"
 
 
-def config_of(source: Path) -> tuple[dict[str, Any], str]:
-    """The configuration of a checkpoint, and the file that it is in.
-
-    Args:
-      source: the checkpoint's folder, or its GGUF file.
-
-    Raises:
-      FileNotFoundError: there is no config.json.
-      ValueError: config.json is no JSON object, or the GGUF file is damaged or of an unsupported model.
-    """
-    if is_gguf(source):
-        with GGUFTensors(source) as tensors:
-            return tensors.config, str(source)
-    return read_json(source / "config.json"), str(source / "config.json")
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a folder's tokenizer; none where it has no tokenizer."""
+    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
 
 
-def open_tensors(file: Path) -> TensorFile | GGUFTensors:
-    """The tensors of a safetensors or GGUF file, by their Hugging Face names; a context manager.
-
-    Raises:
-      ValueError: the file is damaged or not supported.
-    """
-    return GGUFTensors(file) if is_gguf(file) else TensorFile(file)
-
-
-def tensor_files(source: Path) -> dict[str, Path]:
-    """The file of every tensor of a checkpoint: the GGUF file, `model.safetensors`, or the files its index names.
-
-    Args:
-      source: the checkpoint's folder, or its GGUF file.
-
-    Raises:
-      FileNotFoundError: there are no safetensors, or a file the index names is missing.
-      ValueError: a file is damaged, the index names a file outside the folder, or it contradicts the files.
-    """
-    whole = source if is_gguf(source) else source / WEIGHTS
+def _safetensors_in(folder: Path) -> dict[str, Path]:
+    whole = folder / WEIGHTS
     if whole.is_file():
-        with open_tensors(whole) as file:
+        with TensorFile(whole) as file:
             return dict.fromkeys(file.keys(), whole)
-    if (source / INDEX).is_file():
-        return _indexed(source)
-    raise FileNotFoundError(_no_safetensors(source))
+    if (folder / INDEX).is_file():
+        return _indexed(folder)
+    raise FileNotFoundError(_no_safetensors(folder))
 
 
 def _indexed(folder: Path) -> dict[str, Path]:
@@ -154,7 +238,7 @@ def _file_name(path: Path | None) -> str:
 
 
 def _require_plain_name(name: object, index: Path) -> None:
-    # both flavours, so that an index written to attack one system is refused on the other too
+    # both flavours, so that an index written to attack one system is refused on the other as well
     plain = isinstance(name, str) and name == PurePosixPath(name).name == PureWindowsPath(name).name
     if not plain or not str(name).endswith(".safetensors"):
         raise ValueError(
@@ -169,11 +253,11 @@ def _no_safetensors(folder: Path) -> str:
     if pickled:
         return (
             f"{folder} holds no {WEIGHTS}, only pickled weights ({pickled[0]}), and unpickling runs whatever code is in"
-            " the file; where you trust it, convert it once with torch: transformers.AutoModelForSequenceClassification"
+            " the file; if you trust it, convert it once with torch: transformers.AutoModelForSequenceClassification"
             ".from_pretrained(FOLDER).save_pretrained(NEW_FOLDER), and give NEW_FOLDER"
         )
     if "adapter_model.safetensors" in present:
-        return f"{folder} holds an adapter and no model; load its base model first, then the adapter with load_adapter"
+        return f"{folder} holds an adapter, not a model; load its base model first, then the adapter with load_adapter"
     packed = [name for name in present if is_gguf(Path(name))]
     if packed:
         return f"{folder} holds no safetensors, but {packed[0]}; give the path of that file"

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from melora_jax.models.base import HuggingFaceModel
 from melora_jax.nn.parallel import KernelCut, ParallelLinear, Table
 from melora_jax.nn.sharding import Layout, put
-from melora_jax.nn.tree import path_of, walk
+from melora_jax.nn.tree import path_of, variables_of, walk
 
 M = TypeVar("M", bound=HuggingFaceModel)
 
@@ -33,8 +33,8 @@ def shardings_of(model: HuggingFaceModel, mesh: Mesh) -> dict[str, NamedSharding
       ValueError: no rule covers a variable.
     """
     return {
-        path_of(path): NamedSharding(mesh, model.layout.spec(path_of(path), tuple(variable.shape), mesh))
-        for path, variable in nnx.to_flat_state(nnx.state(model))
+        path: NamedSharding(mesh, model.layout.spec(path, tuple(variable.shape), mesh))
+        for path, variable in variables_of(model).items()
     }
 
 
@@ -45,6 +45,6 @@ def place_model(model: M, mesh: Mesh) -> M:
       ValueError: no rule covers a variable.
     """
     shardings = shardings_of(model, mesh)
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
-        variable.set_value(put(variable[...], shardings[path_of(path)]))
+    for path, variable in variables_of(model).items():
+        variable.set_value(put(variable[...], shardings[path]))
     return model

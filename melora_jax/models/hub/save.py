@@ -19,8 +19,8 @@ import numpy as np
 from flax import nnx
 
 from melora_jax.files.atomic import atomic_folder
-from melora_jax.files.safetensors_io import TensorFile, write_tensors
-from melora_jax.models.auto import Model, model_from_config
+from melora_jax.files.safetensors_io import write_tensors
+from melora_jax.models.auto import Model, abstract_model
 from melora_jax.models.base import HuggingFaceModel, with_dtype
 from melora_jax.models.gguf.tokenizer import tokenizer_from_gguf
 from melora_jax.models.hub.checkpoint import (
@@ -28,15 +28,22 @@ from melora_jax.models.hub.checkpoint import (
     INDEX,
     TOKENIZER_FILES,
     WEIGHTS,
+    Checkpoint,
     checkpoint_source,
     is_gguf,
-    tensor_files,
+    origin_of,
+    tokenizer_files,
 )
-from melora_jax.models.hub.load import variables_of
-from melora_jax.models.hub.names import family_of, listed, torch_from_flax, torch_name
+from melora_jax.models.hub.names import listed, torch_from_flax, torch_name
 from melora_jax.nn.scan_layers import unstacked
+from melora_jax.nn.tree import variables_of
 
 _log = logging.getLogger("melora_jax")
+
+SAVED_DTYPES: dict[str, np.dtype] = {
+    name: np.dtype(dtype)
+    for name, dtype in (("float32", np.float32), ("bfloat16", ml_dtypes.bfloat16), ("float16", np.float16))
+}
 
 
 def save_pretrained(
@@ -62,6 +69,7 @@ def save_pretrained(
       OSError: the disk is full or cannot be written.
 
     >>> import tempfile
+    >>> from melora_jax.models import model_from_config
     >>> sizes = dict(vocab_size=11, hidden_size=6, num_hidden_layers=1, num_attention_heads=2, intermediate_size=7,
     ...              max_position_embeddings=13)
     >>> model = model_from_config({"model_type": "bert", **sizes})
@@ -71,18 +79,17 @@ def save_pretrained(
     ['config.json', 'model.safetensors']
     """
     variables = variables_of(unstacked(model))
-    _require_layout(model, variables)
+    origin = _require_layout(model, variables)
     _require_dtype(dtype)
-    write_tokenizer = _tokenizer_writer(model, tokenizer_from)
-    layout = layout_of(model, {path: variable.dtype for path, variable in variables.items()}, dtype)
+    write_tokenizer = _tokenizer_writer(origin, tokenizer_from)
+    layout = layout_of(origin, model.task, {path: variable.dtype for path, variable in variables.items()}, dtype)
     with atomic_folder(folder) as temporary:
         text = json.dumps(with_dtype(model.config, layout.dtype).to_dict(), indent=2, sort_keys=True)
         (temporary / "config.json").write_text(text + "\n", encoding="utf-8")
         write_shards(layout, variables, temporary)
         write_tokenizer(temporary)
-        generation = Path(model.folder) / GENERATION_CONFIG
-        if model.folder and generation.is_file():
-            shutil.copyfile(generation, temporary / GENERATION_CONFIG)
+        if origin.generation_config is not None:
+            shutil.copyfile(origin.generation_config, temporary / GENERATION_CONFIG)
 
 
 def _require_dtype(dtype: str | None) -> None:
@@ -90,14 +97,14 @@ def _require_dtype(dtype: str | None) -> None:
         raise ValueError(f"dtype {dtype!r} is unknown; choose from {', '.join(SAVED_DTYPES)}, or leave it out")
 
 
-def _require_layout(model: Model, variables: Mapping[str, nnx.Variable]) -> None:
+def _require_layout(model: Model, variables: Mapping[str, nnx.Variable]) -> Checkpoint:
+    """The checkpoint that the model came from, after checking that the variables are those of its configuration."""
     if not isinstance(model, HuggingFaceModel):
         raise ValueError(
             f"{type(model).__name__} did not come from from_pretrained, so has no Hugging Face names; load it so"
         )
-    plain = nnx.eval_shape(
-        lambda: model_from_config(model.config, task=model.task, num_labels=model.num_labels, dtype=model.dtype)
-    )
+    origin = origin_of(model)
+    plain = abstract_model(origin, task=model.task, num_labels=model.num_labels, dtype=model.dtype)
     expected = {path: tuple(variable.shape) for path, variable in variables_of(plain).items()}
     strange = sorted(set(variables) - set(expected))
     if strange:
@@ -116,33 +123,26 @@ def _require_layout(model: Model, variables: Mapping[str, nnx.Variable]) -> None
                 f"{path} has shape {list(variables[path].shape)}, the model's config asks for {list(shape)};"
                 " restore it, or build the model with model_from_config from a config of that size"
             )
+    return origin
 
 
-def _tokenizer_writer(model: Model, tokenizer_from: str | Path | None) -> Callable[[Path], object]:
+def _tokenizer_writer(origin: Checkpoint, tokenizer_from: str | Path | None) -> Callable[[Path], object]:
     """What writes the tokenizer's files into a folder; that there are some is known before anything is written."""
-    source = Path(model.folder) if tokenizer_from is None else checkpoint_source(tokenizer_from)
-    if tokenizer_from is None and not (model.folder and source.exists()):
-        if model.folder:
-            _log.warning("%s is gone, so no tokenizer was saved; name one with tokenizer_from", model.folder)
+    source = origin.source if tokenizer_from is None else checkpoint_source(tokenizer_from)
+    if source is None or not source.exists():
+        if source is not None:
+            _log.warning("%s is gone, so no tokenizer was saved; name one with tokenizer_from", source)
         return lambda folder: None
     if is_gguf(source):
         return tokenizer_from_gguf(source).save_pretrained
-    found = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+    found = tokenizer_files(source)
     if tokenizer_from is not None and not found:
         raise ValueError(f"{source} holds no tokenizer (one of {', '.join(TOKENIZER_FILES)}); name another folder")
     return lambda folder: [shutil.copyfile(file, folder / file.name) for file in found]
 
 
-_log = logging.getLogger("melora_jax")
-
-SAVED_DTYPES: dict[str, np.dtype] = {
-    name: np.dtype(dtype)
-    for name, dtype in (("float32", np.float32), ("bfloat16", ml_dtypes.bfloat16), ("float16", np.float16))
-}
-
-
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class ShardLayout:
     """Which file each variable goes into, and in which dtype.
 
     Attributes:
@@ -159,18 +159,19 @@ class Layout:
         return Counter(dtype.name for shard in self.shards.values() for dtype in shard.values()).most_common(1)[0][0]
 
 
-def layout_of(model: HuggingFaceModel, dtypes: Mapping[str, np.dtype], dtype: str | None = None) -> Layout:
-    """The layout of the checkpoint that `model` came from; one file where there is none to follow.
+def layout_of(origin: Checkpoint, task: str, dtypes: Mapping[str, np.dtype], dtype: str | None = None) -> ShardLayout:
+    """The layout of the checkpoint that a model came from; one file if there is none to follow.
 
     Args:
-      model: the model.
+      origin: that checkpoint, whose files may be gone.
+      task: the model's.
       dtypes: the dtype of each of its variables, by path.
       dtype: the dtype of all tensors; None takes the narrower of the model's and the checkpoint's.
 
     Raises:
       ValueError: the checkpoint is damaged.
     """
-    held = _held(model, dtypes)
+    held = _held(origin, task, dtypes)
     last = max((name for name, _ in held.values()), default=WEIGHTS)
     shards: dict[str, dict[str, np.dtype]] = {}
     for path, own in dtypes.items():
@@ -179,36 +180,35 @@ def layout_of(model: HuggingFaceModel, dtypes: Mapping[str, np.dtype], dtype: st
         shards.setdefault(name, {})[path] = chosen
     indexed = last != WEIGHTS
     if not dtype and held:
-        _say_narrowed(dtypes, shards, model.folder)
-    return Layout({name: shards[name] for name in sorted(shards)}, indexed)
+        _say_narrowed(dtypes, shards, origin)
+    return ShardLayout({name: shards[name] for name in sorted(shards)}, indexed)
 
 
-def _held(model: HuggingFaceModel, dtypes: Mapping[str, np.dtype]) -> dict[str, tuple[str, np.dtype]]:
+def _held(origin: Checkpoint, task: str, dtypes: Mapping[str, np.dtype]) -> dict[str, tuple[str, np.dtype]]:
     """The file and dtype of each variable in the checkpoint on disk, as far as it is there."""
-    source = Path(model.folder)
-    if not model.folder or is_gguf(source) or not any((source / name).is_file() for name in (WEIGHTS, INDEX)):
+    if not origin.has_safetensors:
         return {}
-    family = family_of(model.config, str(source))
     paths = {torch_name(path): path for path in dtypes}
-    files = tensor_files(source)
     held = {}
-    for file in sorted(set(files.values())):
-        with TensorFile(file) as tensors:
+    for file in sorted(set(origin.files.values())):
+        with origin.open(file) as tensors:
             for key in tensors.keys():
-                path = paths.get(family.canonical(key, model.task))
+                path = paths.get(origin.family.canonical(key, task))
                 if path is not None:
                     held[path] = (file.name, tensors.dtype(key))
     return held
 
 
-def _say_narrowed(dtypes: Mapping[str, np.dtype], shards: Mapping[str, Mapping[str, np.dtype]], folder: str) -> None:
+def _say_narrowed(
+    dtypes: Mapping[str, np.dtype], shards: Mapping[str, Mapping[str, np.dtype]], origin: Checkpoint
+) -> None:
     narrowed = [dtype for shard in shards.values() for path, dtype in shard.items() if dtype != dtypes[path]]
     if narrowed:
         names = ", ".join(sorted({dtype.name for dtype in narrowed}))
-        _log.info("%d tensors are saved as %s, as in %s; dtype= chooses another", len(narrowed), names, folder)
+        _log.info("%d tensors are saved as %s, as in %s; dtype= chooses another", len(narrowed), names, origin.source)
 
 
-def write_shards(layout: Layout, variables: Mapping[str, nnx.Variable], folder: Path) -> None:
+def write_shards(layout: ShardLayout, variables: Mapping[str, nnx.Variable], folder: Path) -> None:
     """Writes the files of a layout, one after another, and their index.
 
     Raises:

@@ -17,7 +17,7 @@ import melora_jax as mj
 from melora_jax.generation import generate as generation
 from melora_jax.generation import stream
 from melora_jax.models.decoders.heads import CausalLM
-from melora_jax.models.hub.load import variables_of
+from melora_jax.nn.tree import variables_of
 from tests.library.generation.test_generation import lively
 from tests.support.chat import CHATML, byte_tokenizer, space_tokenizer
 from tests.support.tiny import stirred

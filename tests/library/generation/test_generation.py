@@ -17,7 +17,7 @@ import melora_jax as mj
 from melora_jax.generation import stream
 from melora_jax.generation.decode_loop import programs
 from melora_jax.models.decoders.heads import CausalLM
-from melora_jax.models.hub.load import variables_of
+from melora_jax.nn.tree import variables_of
 from tests.support.decoder_fixtures import CONFIGS, VOCAB, apply, random_decoder, torch_decoder
 from tests.support.models_fixtures import tensors_of, write_checkpoint
 from tests.support.tiny import stirred

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 import melora_jax as mj
 from melora_jax.models import model_from_config
 from melora_jax.models.activations import ACTIVATIONS
-from melora_jax.models.hub.load import variables_of
 from melora_jax.models.hub.names import torch_name
 from melora_jax.nn.attention import attention, padding_bias
+from melora_jax.nn.tree import variables_of
 from tests.support.models_fixtures import CONFIGS, FAMILIES, batch, random_model, torch_model, torch_output
 
 apply = nnx.jit(lambda model, *inputs: model(*inputs))

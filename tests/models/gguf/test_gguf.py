@@ -18,7 +18,7 @@ from melora_jax.models.decoders.config import decoder_config
 from melora_jax.models.gguf.config import config_from_gguf
 from melora_jax.models.gguf.reader import GGUFFile
 from melora_jax.models.gguf.tensors import GGUFTensors
-from melora_jax.models.hub.load import variables_of
+from melora_jax.nn.tree import variables_of
 from tests.support.decoder_fixtures import CONFIGS, SIZES, apply, random_decoder, token_ids, torch_decoder, torch_run
 from tests.support.gguf_fixtures import CASES, fields_of, gguf_writer, llama3_factors, write_fields, write_gguf
 from tests.support.models_fixtures import tensors_of
@@ -40,15 +40,15 @@ def case(name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 @pytest.mark.parametrize("name", CASES)
 def test_tensors_and_sizes_are_those_of_the_checkpoint(name: str, tmp_path: Path) -> None:
     config, tensors = case(name)
-    with GGUFTensors(write_gguf(tmp_path / "model.gguf", config, tensors)) as file:
-        assert file.keys() == sorted(tensors)
-        for key, expected in tensors.items():
-            assert file.shape(key) == expected.shape
-            assert file.dtype(key) == np.float32
-            np.testing.assert_array_equal(file.read(key), expected)
-        found, expected = (decoder_config(values | {"initializer_range": 0.02}) for values in (file.config, config))
-        assert found == expected
-        assert json.loads(json.dumps(file.config)) == file.config
+    file = GGUFTensors(write_gguf(tmp_path / "model.gguf", config, tensors))
+    assert file.keys() == sorted(tensors)
+    for key, expected in tensors.items():
+        assert file.shape(key) == expected.shape
+        assert file.dtype(key) == np.float32
+        np.testing.assert_array_equal(file.read(key), expected)
+    found, expected = (decoder_config(values | {"initializer_range": 0.02}) for values in (file.config, config))
+    assert found == expected
+    assert json.loads(json.dumps(file.config)) == file.config
 
 
 @pytest.mark.parametrize("name", ["llama3", "mistral", "qwen2", "gemma2", "gemma3"])
@@ -92,10 +92,10 @@ def test_packed_tensors_are_what_the_gguf_package_makes_of_them(packing: str, tm
     kind = gguf.GGMLQuantizationType[packing]
     changes = {key: SMALL[key] for key in ("hidden_size", "head_dim", "num_attention_heads", "intermediate_size")}
     tensors = tensors_of(random_decoder("llama", changes))
-    with GGUFTensors(write_gguf(tmp_path / "model.gguf", SMALL, tensors, kind)) as file:
-        for key, array in tensors.items():
-            expected = gguf.dequantize(gguf.quantize(array, kind), kind) if array.ndim == 2 else array
-            np.testing.assert_array_equal(file.read(key), expected)
+    file = GGUFTensors(write_gguf(tmp_path / "model.gguf", SMALL, tensors, kind))
+    for key, array in tensors.items():
+        expected = gguf.dequantize(gguf.quantize(array, kind), kind) if array.ndim == 2 else array
+        np.testing.assert_array_equal(file.read(key), expected)
 
 
 # factor, head_dim and theta of Llama 3.1 8B, 3.2 1B and 3.3 70B
@@ -112,16 +112,16 @@ def test_llama3_is_known_by_its_factors(factor: float, size: int, tmp_path: Path
                 (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(key, value)
             writer.add_tensor("token_embd.weight", np.ones((11, 12), np.float32))
             writer.add_tensor("rope_freqs.weight", 1.0 + np.float32(scale) * (factors - 1.0))
-        with GGUFFile(tmp_path / "model.gguf") as file:
-            assert config_from_gguf(file)["rope_scaling"] == expected
+        file = GGUFFile(tmp_path / "model.gguf")
+        assert config_from_gguf(file)["rope_scaling"] == expected
 
 
 def test_tokens_that_end_a_text_or_a_turn(tmp_path: Path) -> None:
     tokens = {"tokenizer.ggml.tokens": ["a", "<|im_end|>", "b"], "tokenizer.ggml.eos_token_id": 2}
 
     def ids(changes: dict[str, Any]) -> Any:
-        with GGUFFile(write_fields(tmp_path / "model.gguf", tokens | changes)) as file:
-            return config_from_gguf(file)["eos_token_id"]
+        file = GGUFFile(write_fields(tmp_path / "model.gguf", tokens | changes))
+        return config_from_gguf(file)["eos_token_id"]
 
     assert ids({}) == 2
     assert ids({"tokenizer.ggml.eot_token_id": 0}) == [2, 0]
@@ -141,8 +141,8 @@ def test_gemma_of_27_billion_scales_by_another_size(layers: int, heads: int, exp
     renamed = {key.replace("llama.", f"{architecture}."): value for key, value in fields.items()}
     removed = dict.fromkeys(fields_of({}))
     norms = {f"blk__{layer}__attn_norm__weight": (12,) for layer in range(layers)}
-    with GGUFFile(write_fields(tmp_path / "model.gguf", removed | renamed, architecture, **norms)) as file:
-        assert config_from_gguf(file)["query_pre_attn_scalar"] == expected
+    file = GGUFFile(write_fields(tmp_path / "model.gguf", removed | renamed, architecture, **norms))
+    assert config_from_gguf(file)["query_pre_attn_scalar"] == expected
 
 
 @pytest.mark.parametrize(

@@ -24,16 +24,16 @@ def test_blocks_of_256_are_unpacked(packing: str, tmp_path: Path) -> None:
     bits = np.random.default_rng(3).integers(0, 60, (5, 2 * gguf.GGML_QUANT_SIZES[kind][1]), np.uint8)
     with gguf_writer(tmp_path / "model.gguf", "llama") as writer:
         writer.add_tensor("token_embd.weight", bits, raw_dtype=kind)
-    with GGUFFile(tmp_path / "model.gguf") as file:
-        array = file.read("token_embd.weight")
+    file = GGUFFile(tmp_path / "model.gguf")
+    array = file.read("token_embd.weight")
     assert array.shape == (5, 512)
     assert np.isfinite(array).all()
     np.testing.assert_array_equal(array, gguf.dequantize(bits, kind))
 
 
 def test_what_is_read_outlives_the_file(tmp_path: Path) -> None:
-    with GGUFFile(write_fields(tmp_path / "model.gguf", {})) as file:
-        array = file.read("token_embd.weight")
+    file = GGUFFile(write_fields(tmp_path / "model.gguf", {}))
+    array = file.read("token_embd.weight")
     (tmp_path / "model.gguf").write_bytes(b"")
     array += 1.0
     assert array.sum() == 2 * 11 * 12
@@ -129,6 +129,7 @@ def test_a_changed_byte_is_refused_or_harmless(
     for place, byte in changes:
         content[place % (len(content) - 600)] = byte
     (folder / "model.gguf").write_bytes(content)
-    with suppress(ValueError), GGUFTensors(folder / "model.gguf") as file:
+    with suppress(ValueError):
+        file = GGUFTensors(folder / "model.gguf")
         for key in file.keys():
             assert file.read(key).shape == file.shape(key)

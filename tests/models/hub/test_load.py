@@ -14,7 +14,8 @@ from flax import nnx
 
 import melora_jax as mj
 from melora_jax.files.safetensors_io import write_tensors
-from melora_jax.models.hub.load import variables_of
+from melora_jax.models.hub.names import torch_name
+from melora_jax.nn.tree import variables_of
 from tests.support.models_fixtures import (
     CONFIGS,
     FAMILIES,
@@ -123,7 +124,7 @@ def test_other_heads_load_as_in_transformers(tmp_path, family, source, task):
     getattr(transformers, source)(config).save_pretrained(tmp_path)
     model = mj.from_pretrained(tmp_path, task=task)
     reference, info = torch_load(tmp_path, task)
-    drawn = {mj.models.families.torch_name(path) for path in model.load_report.initialised}
+    drawn = {torch_name(path) for path in model.load_report.initialised}
     left_out = {name for name, _ in model.load_report.ignored}
     if source == "BertForTokenClassification" and task != "encoder":
         # transformers takes the token classifier for the sequence classifier, since their names and shapes agree
