@@ -14,16 +14,17 @@ from melora_jax.checkpoints.approximation import Approximation
 from melora_jax.checkpoints.arithmetic import compress_deltas
 from melora_jax.config import is_suffix
 from melora_jax.models import Checkpoint, open_checkpoint
-from melora_jax.models.hub.names import Family, flax_from_torch
+from melora_jax.models.hub.families import Family
+from melora_jax.models.hub.names import flax_from_torch
 
 
 @dataclasses.dataclass(frozen=True)
 class _Checkpoint:
-    """A checkpoint's tensors by their canonical names: the file, and the name in it."""
+    """A checkpoint and, by their canonical names, the keys of its tensors."""
 
     opened: Checkpoint
     task: str
-    tensors: dict[str, tuple[Path, str]]
+    tensors: dict[str, str]
 
     @property
     def path(self) -> Path | None:
@@ -34,19 +35,16 @@ class _Checkpoint:
         return self.opened.family
 
     def read(self, name: str) -> np.ndarray:
-        file, key = self.tensors[name]
-        with self.opened.open(file) as tensors:
-            return np.asarray(tensors.read(key), np.float32)
+        return np.asarray(self.opened.read(self.tensors[name]), np.float32)
 
 
 def _checkpoint(path_or_id: str | Path) -> _Checkpoint:
     opened = open_checkpoint(path_or_id)
-    family, files = opened.family, opened.files
+    family = opened.family
     classifies = any(name.endswith("ForSequenceClassification") for name in opened.config.get("architectures") or ())
     task = "causal-lm" if family.is_decoder and not classifies else "sequence-classification"
-    names = {key: family.canonical(key, task) for key in files}
-    kept = {name: (files[key], key) for key, name in names.items() if not family.ignorable(name, task, ())}
-    return _Checkpoint(opened, task, kept)
+    names, _ = family.sorted_out(opened.files, task, ())
+    return _Checkpoint(opened, task, {name: key for key, name in names.items()})
 
 
 def compress_difference(

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias, TypedDict, Unpack
 
 from flax import nnx
 
-from melora_jax.models.base import MODEL_DTYPES, LoadReport, label_names_of, with_dtype, with_task
+from melora_jax.models.base import MODEL_DTYPES, TASKS, LoadReport, label_names_of, with_dtype, with_task
 from melora_jax.models.decoders.config import DecoderConfig
 from melora_jax.models.decoders.heads import CausalLM, DecoderForSequenceClassification
 from melora_jax.models.decoders.layers import DecoderParts
@@ -21,7 +21,7 @@ from melora_jax.models.encoders.heads import (
     RobertaForSequenceClassification,
 )
 from melora_jax.models.hub.checkpoint import Checkpoint, ModelSource, open_checkpoint
-from melora_jax.models.hub.names import Family
+from melora_jax.models.hub.families import Family
 from melora_jax.models.hub.placement import lay_out
 from melora_jax.nn.sharding import Layout
 
@@ -146,16 +146,17 @@ def build_model(
     if dtype not in MODEL_DTYPES:
         raise ValueError(f"dtype {dtype!r} is not supported; choose from {', '.join(MODEL_DTYPES)}")
     family = checkpoint.family
-    described = with_task(checkpoint.config, task, family.architecture_of(task), num_labels, label_names)
     _require_offered(family, task, remat)
+    described = with_task(checkpoint.config, task, family.architecture_of(task), num_labels, label_names)
     labels = None if task in ("encoder", "causal-lm") else len(label_names_of(described))
+    described = with_dtype(described, dtype)
     sizes = checkpoint.sizes
     parts = _parts(sizes, dtype, remat, nnx.Rngs(0) if rngs is None else rngs)
     if labels is not None:
         model = _CLASSIFIERS[family.prefix](parts, labels)
     else:
         model = (_BODIES if task == "encoder" else _LANGUAGE_MODELS)[family.prefix](parts)
-    model.config = with_dtype(described, dtype)
+    model.config = described
     model.task = task
     model.num_labels = labels
     model.dtype = dtype
@@ -174,6 +175,8 @@ def _parts(sizes: EncoderConfig | DecoderConfig, dtype: str, remat: str, rngs: n
 
 
 def _require_offered(family: Family, task: str, remat: str) -> None:
+    if task not in TASKS:
+        raise ValueError(f"task {task!r} is unknown; choose from {', '.join(TASKS)}")
     if task not in family.tasks:
         raise ValueError(f"task {task!r} is not offered for {family.model_type}; choose from {', '.join(family.tasks)}")
     if remat not in REMAT:

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from melora_jax.models.activations import ACTIVATIONS
-from melora_jax.models.hub.names import family_of
+from melora_jax.models.hub.families import family_of
 from melora_jax.models.inputs import matrix_of_whole_numbers, require_below, require_shape
 from melora_jax.nn.parallel import ParallelLinear, Table
 

@@ -49,6 +49,19 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 # what ends a turn where a file with a chat template does not say
 _TURN_ENDS = ("<end_of_turn>", "<|eot_id|>", "<|im_end|>")
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
+# Hugging Face's names of the modules: outside the layers, and in those of whichever family has them
+_TOP = ("model.embed_tokens", "model.norm", "lm_head")
+_LAYER = (
+    "input_layernorm",
+    *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")),
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+    *(f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")),
+)
+ROPE_FACTORS = "rope_freqs.weight"
+# Llama 3's settings are in a file as the factors they come to; these and the factor are all that was ever published
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,13 +71,13 @@ class Architecture:
     Attributes:
       model_type: its Hugging Face name.
       read: the hyperparameters it has beside those that all have.
-      gemma_period: Gemma's layers of this number and its multiples see all; None for the others.
+      gemma_period: Gemma's layers of this number and its multiples see all; 0 for the others.
       wide_layers: that many layers mean the Gemma of 27 billion parameters, which scales scores by another size.
     """
 
     model_type: str
     read: frozenset[str] = frozenset()
-    gemma_period: int | None = None
+    gemma_period: int = 0
     wide_layers: int | None = None
 
 
@@ -102,7 +115,25 @@ def architecture_of(file: GGUFFile) -> Architecture:
     return ARCHITECTURES[name]
 
 
-def config_from_gguf(file: GGUFFile) -> dict[str, Any]:
+def modules_of(architecture: str) -> dict[str, str]:
+    """The Hugging Face name of each module, by the name that its tensors have in a GGUF file; of the first layer alone.
+
+    Args:
+      architecture: `general.architecture`, one of ARCHITECTURES.
+
+    >>> modules_of("llama")["blk.0.attn_q"]
+    'model.layers.0.self_attn.q_proj'
+    """
+    import gguf
+
+    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    known = gguf.get_tensor_name_map(kind, 1)
+    found = {name: known.get_name(name) for name in (*_TOP, *(f"model.layers.0.{module}" for module in _LAYER))}
+    # the package knows no head for families that tie it to the embedding
+    return {ours: name for name, ours in found.items() if ours} | {_HEAD.removesuffix(".weight"): "lm_head"}
+
+
+def config_from_gguf(file: GGUFFile, rope_factors: np.ndarray | None) -> dict[str, Any]:
     """The content of the config.json that the model in a GGUF file would have.
 
     What the format leaves out is as in llama.cpp: Gemma's pattern of local layers and their RoPE base, and the size
@@ -110,6 +141,7 @@ def config_from_gguf(file: GGUFFile) -> dict[str, Any]:
 
     Args:
       file: the file.
+      rope_factors: the tensor ROPE_FACTORS; None where the file has none.
 
     Raises:
       ValueError: the architecture or a hyperparameter is not supported, one is missing, or they do not fit the tensors.
@@ -133,11 +165,12 @@ def config_from_gguf(file: GGUFFile) -> dict[str, Any]:
     config = _sizes(values, where) | {"vocab_size": _vocabulary(file, values), **_token_ids(file)}
     config |= {"model_type": known.model_type, "dtype": "float32", "tie_word_embeddings": _HEAD not in file.tensors}
     config |= _biases(file, known)
-    if known.gemma_period is not None:
+    config["rope_scaling"] = rope_scaling_of(values, config, rope_factors, where)
+    if known.gemma_period:
         config |= _gemma(values, known, config, where)
     elif _WINDOW in values:
         config |= {"model_type": "mistral", "sliding_window": whole(values, _WINDOW, where)}
-    return config | {"rope_scaling": rope_scaling_of(file, values, config)}
+    return config
 
 
 def _sizes(values: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -219,34 +252,32 @@ def _gemma(values: Mapping[str, Any], known: Architecture, config: Mapping[str, 
 def _layer_types(values: Mapping[str, Any], known: Architecture, layers: int, where: str) -> list[str]:
     pattern = values.get(_PATTERN)
     if not isinstance(pattern, list):
-        period = whole(values, _PATTERN, where, known.gemma_period)
+        period = known.gemma_period if pattern is None else whole(values, _PATTERN, where)
         pattern = [(layer + 1) % period != 0 for layer in range(layers)]
     if len(pattern) != layers or not all(isinstance(local, bool) for local in pattern):
         raise ValueError(f"{_PATTERN}={pattern!r:.99} in {where} must be true or false for each of the {layers} layers")
     return [SLIDING if local else FULL for local in pattern]
 
 
-ROPE_FACTORS = "rope_freqs.weight"
-# Llama 3's settings are in a file as the factors they come to; these and the factor are all that was ever published
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-
-
-def rope_scaling_of(file: GGUFFile, values: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any] | None:
+def rope_scaling_of(
+    values: Mapping[str, Any], config: Mapping[str, Any], factors: np.ndarray | None, where: str
+) -> dict[str, Any] | None:
     """`rope_scaling` of the config.json that a GGUF file stands for; None for the default RoPE.
 
     Args:
-      file: the file.
       values: its hyperparameters, without their architecture's prefix.
       config: `model_type`, `head_dim` and `rope_theta` of that config.json.
+      factors: the tensor ROPE_FACTORS; None where the file has none.
+      where: the file, for errors.
 
     Raises:
       ValueError: the scaling is not supported, or a value is missing or impossible.
     """
-    kind, where = values.get("rope.scaling.type", "none"), str(file.path)
-    if ROPE_FACTORS in file.tensors:
-        if kind != "none" or config["model_type"] not in ("llama", "mistral"):
+    kind = values.get("rope.scaling.type", "none")
+    if factors is not None:
+        if kind != "none" or config["model_type"] != "llama":
             raise ValueError(f"{ROPE_FACTORS} in {where} is there beside another RoPE; use another model")
-        return _llama3(file.read(ROPE_FACTORS), config, where)
+        return _llama3(factors, config, where)
     if kind == "none":
         return None
     if kind not in ("linear", "yarn"):

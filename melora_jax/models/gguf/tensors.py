@@ -8,32 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from melora_jax.models.gguf.config import ROPE_FACTORS, architecture_of, config_from_gguf
+from melora_jax.models.gguf.config import ROPE_FACTORS, architecture_of, config_from_gguf, modules_of
 from melora_jax.models.gguf.reader import GGUFFile
-
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_GEMMA_LAYER = _LAYER | {
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_attention_norm": "post_attention_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
 
 
 class GGUFTensors:
-    """The tensors of a GGUF file, read one at a time as `storage.TensorFile` reads those of safetensors.
+    """The tensors of a GGUF file, read one at a time as `TensorFile` reads those of safetensors.
 
     They are dequantised to float32. llama.cpp's changes are undone: the rows of a Llama's queries and keys are put
     back in order, and Gemma's norms lose the 1 that was added to them.
@@ -58,9 +38,22 @@ class GGUFTensors:
     def __init__(self, path: str | Path) -> None:
         self._file = GGUFFile(path)
         self.path = self._file.path
+        factors = self._file.read(ROPE_FACTORS) if ROPE_FACTORS in self._file.tensors else None
         self._architecture = architecture_of(self._file)
-        self.config: dict[str, Any] = config_from_gguf(self._file)
-        self._names = {self._named(name): name for name in self._file.tensors if name != ROPE_FACTORS}
+        modules = modules_of(self._file.fields["general.architecture"])
+        self.config: dict[str, Any] = config_from_gguf(self._file, factors)
+        self._names: dict[str, str] = {}
+        for name in set(self._file.tensors) - {ROPE_FACTORS}:
+            stem, _, leaf = name.rpartition(".")
+            layer = re.fullmatch(r"blk\.(\d{1,6})\.(\w+)", stem)
+            module = modules.get(f"blk.0.{layer[2]}" if layer else stem)
+            if module is None or leaf not in ("weight", "bias"):
+                raise ValueError(
+                    f"tensor {name[:99]!r} in {self.path} has no place in a {self._architecture.model_type}; use"
+                    " another model"
+                )
+            module = module.replace(".0.", f".{int(layer[1])}.", 1) if layer else module
+            self._names[f"{module}.{leaf}"] = name
 
     def keys(self) -> list[str]:
         """The Hugging Face names of the tensors, sorted."""
@@ -77,7 +70,7 @@ class GGUFTensors:
     def read(self, key: str) -> np.ndarray:
         """Tensor `key` as float32, in Hugging Face's layout."""
         array = self._file.read(self._names[key])
-        if self._architecture.gemma_period is not None and key.endswith("norm.weight"):
+        if self._architecture.gemma_period and key.endswith("norm.weight"):
             return array - np.float32(1.0)
         if self._architecture.model_type == "llama":
             for projection, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
@@ -88,19 +81,6 @@ class GGUFTensors:
     def read_part(self, key: str, index: tuple[slice, ...]) -> np.ndarray:
         """The part of tensor `key` that `index` cuts out; packed tensors are unpacked whole."""
         return self.read(key)[index]
-
-    def _named(self, name: str) -> str:
-        """The Hugging Face name of a tensor."""
-        stem, _, leaf = name.rpartition(".")
-        layer = re.fullmatch(r"blk\.(\d{1,6})\.(\w+)", stem)
-        modules = _LAYER if self._architecture.gemma_period is None else _GEMMA_LAYER
-        module = modules.get(layer[2]) if layer else _TOP.get(stem)
-        if module is None or leaf not in ("weight", "bias"):
-            raise ValueError(
-                f"tensor {name[:99]!r} in {self.path} has no place in a {self._architecture.model_type}; use another"
-                " model"
-            )
-        return f"model.layers.{int(layer[1])}.{module}.{leaf}" if layer else f"{module}.{leaf}"
 
 
 def unpermuted(array: np.ndarray, heads: int) -> np.ndarray:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeAlias
+
+import numpy as np
 
 from melora_jax.files.safetensors_io import TensorFile, read_json
 from melora_jax.models.base import HuggingFaceModel
 from melora_jax.models.decoders.config import DecoderConfig, decoder_config
 from melora_jax.models.encoders.config import EncoderConfig, encoder_config
 from melora_jax.models.gguf.tensors import GGUFTensors
-from melora_jax.models.hub.names import Family, family_of
+from melora_jax.models.hub.families import Family, family_of
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -34,6 +36,15 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 _FURTHER_FILES = (GENERATION_CONFIG, "*.safetensors", INDEX, *TOKENIZER_FILES)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """What a file's header says of a tensor: the file, its shape in torch's layout, and its dtype."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: np.dtype
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,29 +90,55 @@ class Checkpoint:
         return (decoder_config if self.family.is_decoder else encoder_config)(self.config, self.where)
 
     @cached_property
-    def files(self) -> dict[str, Path]:
-        """The file of every tensor: the GGUF file, `model.safetensors`, or the files that its index names.
+    def files(self) -> dict[str, StoredTensor]:
+        """Every tensor by its name, in the GGUF file, `model.safetensors`, or the files that its index names.
 
         Raises:
           FileNotFoundError: there are no safetensors, or a file that the index names is missing.
-          ValueError: a file is damaged, the index names a file outside the folder, or it contradicts the files.
+          ValueError: a file is damaged, a dtype is not supported, the index names a file outside the folder, or it
+            contradicts the files.
         """
         if self.source is None:
             return {}
-        return dict.fromkeys(self.packed.keys(), self.source) if self.packed else _safetensors_in(self.source)
+        return _stored(self.packed, self.source) if self.packed else _safetensors_in(self.source)
 
     @property
     def has_safetensors(self) -> bool:
         """Whether the folder is there, with safetensors in it."""
         return self.source is not None and any((self.source / name).is_file() for name in (WEIGHTS, INDEX))
 
-    def open(self, file: Path) -> contextlib.AbstractContextManager[TensorFile | GGUFTensors]:
-        """The tensors of one of `files`, by their Hugging Face names.
+    def opened(self, keys: Iterable[str]) -> Iterator[tuple[str, TensorFile | GGUFTensors]]:
+        """Each of some tensors with its file, of which one is open at a time.
+
+        Args:
+          keys: names in `files`.
 
         Raises:
-          ValueError: the file is damaged.
+          ValueError: a file is damaged.
         """
-        return contextlib.nullcontext(self.packed) if self.packed else TensorFile(file)
+        by_file: dict[Path, list[str]] = {}
+        for key in keys:
+            by_file.setdefault(self.files[key].file, []).append(key)
+        for file, names in sorted(by_file.items()):
+            with contextlib.nullcontext(self.packed) if self.packed else TensorFile(file) as tensors:
+                yield from ((name, tensors) for name in names)
+
+    def read(self, key: str) -> np.ndarray:
+        """One tensor, in the dtype it is stored in; that of a GGUF file as float32."""
+        [array] = [tensors.read(name) for name, tensors in self.opened([key])]
+        return array
+
+    def require_equal(self, key: str, tied: str, dtype: np.dtype) -> None:
+        """Checks that a second copy of a tensor, rounded to `dtype`, is equal to the one it is tied to.
+
+        Raises:
+          ValueError: they differ.
+        """
+        if not np.array_equal(self.read(key).astype(dtype), self.read(tied).astype(dtype)):
+            raise ValueError(
+                f"{key} in {self.files[key].file} differs from {tied}, but config.json ties the two; set"
+                " tie_word_embeddings to false there"
+            )
 
     @property
     def generation_config(self) -> Path | None:
@@ -197,17 +234,21 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
 
 
-def _safetensors_in(folder: Path) -> dict[str, Path]:
+def _stored(tensors: TensorFile | GGUFTensors, file: Path) -> dict[str, StoredTensor]:
+    return {key: StoredTensor(file=file, shape=tensors.shape(key), dtype=tensors.dtype(key)) for key in tensors.keys()}
+
+
+def _safetensors_in(folder: Path) -> dict[str, StoredTensor]:
     whole = folder / WEIGHTS
     if whole.is_file():
-        with TensorFile(whole) as file:
-            return dict.fromkeys(file.keys(), whole)
+        with TensorFile(whole) as tensors:
+            return _stored(tensors, whole)
     if (folder / INDEX).is_file():
         return _indexed(folder)
     raise FileNotFoundError(_no_safetensors(folder))
 
 
-def _indexed(folder: Path) -> dict[str, Path]:
+def _indexed(folder: Path) -> dict[str, StoredTensor]:
     index = folder / INDEX
     named = read_json(index).get("weight_map")
     if not isinstance(named, dict) or not named:
@@ -215,20 +256,21 @@ def _indexed(folder: Path) -> dict[str, Path]:
     for name in named.values():
         _require_plain_name(name, index)
     listed = {tensor: folder / name for tensor, name in named.items()}
-    held: dict[str, Path] = {}
+    held: dict[str, StoredTensor] = {}
     for path in sorted(set(listed.values())):
-        with TensorFile(path) as file:
-            for tensor in file.keys():
-                if tensor in held:
-                    raise ValueError(
-                        f"tensor {tensor} is in both {held[tensor]} and {path}; fetch the checkpoint again"
-                    )
-                held[tensor] = path
-    for tensor in sorted(set(listed) | set(held)):
-        if listed.get(tensor) != held.get(tensor):
+        with TensorFile(path) as tensors:
+            found = _stored(tensors, path)
+        if twice := sorted(set(found) & set(held)):
             raise ValueError(
-                f"{index} puts tensor {tensor} in {_file_name(listed.get(tensor))}, it is in"
-                f" {_file_name(held.get(tensor))}; fetch the checkpoint again"
+                f"tensor {twice[0]} is in both {held[twice[0]].file} and {path}; fetch the checkpoint again"
+            )
+        held |= found
+    for tensor in sorted(set(listed) | set(held)):
+        there = held[tensor].file if tensor in held else None
+        if listed.get(tensor) != there:
+            raise ValueError(
+                f"{index} puts tensor {tensor} in {_file_name(listed.get(tensor))}, it is in {_file_name(there)};"
+                " fetch the checkpoint again"
             )
     return held
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Unpack
 
 import jax
@@ -17,14 +17,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from melora_jax.files.safetensors_io import TensorFile
-from melora_jax.models.auto import Model, ModelOptions, abstract_model
+from melora_jax.models.auto import Model, ModelOptions, build_model
 from melora_jax.models.base import LoadReport
-from melora_jax.models.gguf.tensors import GGUFTensors
 from melora_jax.models.hub.checkpoint import Checkpoint, ModelSource, open_checkpoint
-from melora_jax.models.hub.names import Family, flax_from_torch, listed, torch_name, torch_shape
+from melora_jax.models.hub.families import Family
+from melora_jax.models.hub.names import flax_part, listed, torch_name, torch_shape
 from melora_jax.models.hub.placement import shardings_of
-from melora_jax.nn.sharding import put
 from melora_jax.nn.tree import variables_of
 
 _log = logging.getLogger("melora_jax")
@@ -80,10 +78,15 @@ def from_pretrained(
     ((1, 3), ('classifier/bias', 'classifier/kernel'))
     """
     checkpoint = open_checkpoint(path_or_id)
-    model = abstract_model(checkpoint, **options)
-    plan = load_plan(checkpoint, model)
-    _fill(model, checkpoint, plan, nnx.Rngs(0) if rngs is None else rngs, mesh)
+    model = nnx.eval_shape(lambda: build_model(checkpoint, **options))
+    variables = variables_of(model)
+    # they tell whose head a `classifier` tensor is
+    architectures = tuple(checkpoint.config.get("architectures") or ())
+    names, ignored = checkpoint.family.sorted_out(checkpoint.files, model.task, architectures)
+    shapes = {path: tuple(variable.shape) for path, variable in variables.items()}
+    plan = load_plan(checkpoint, model, shapes, names, ignored)
     _note(model, checkpoint, plan)
+    _fill(variables, checkpoint, plan, nnx.Rngs(0) if rngs is None else rngs, shardings_of(model, mesh))
     return model
 
 
@@ -92,56 +95,59 @@ class LoadPlan:
     """How a checkpoint fills a model.
 
     Attributes:
-      sources: variable path to (file, tensor name in it).
+      sources: variable path to the name of its tensor.
       initialised: paths of the variables that the checkpoint lacks and that may start at random.
       ignored: tensors that the model has no use for, each with the reason.
-      copies: variable path to the (file, tensor name) of a second copy, which must not differ: a tied head.
+      copies: variable path to the name of a second copy, which must not differ: a tied head.
     """
 
-    sources: dict[str, tuple[Path, str]]
+    sources: dict[str, str]
     initialised: tuple[str, ...]
     ignored: tuple[tuple[str, str], ...]
-    copies: dict[str, tuple[Path, str]]
+    copies: dict[str, str]
 
 
-def load_plan(checkpoint: Checkpoint, model: Model) -> LoadPlan:
+def load_plan(
+    checkpoint: Checkpoint,
+    model: Model,
+    shapes: Mapping[str, tuple[int, ...]],
+    names: Mapping[str, str],
+    ignored: tuple[tuple[str, str], ...],
+) -> LoadPlan:
     """Matches the tensors of a checkpoint to the variables of a model.
 
+    Args:
+      checkpoint: the checkpoint.
+      model: the model, with or without values.
+      shapes: the shape of each of its variables, by path.
+      names: the canonical name of each tensor that is of use to the model.
+      ignored: the other tensors, each with the reason.
+
     Raises:
-      FileNotFoundError: there are no tensors, or a file is missing.
       ValueError: a body tensor is missing, a tensor is surplus or there twice, or a shape differs.
     """
-    family, files, shapes = checkpoint.family, checkpoint.files, _shapes_of(model)
-    # they tell whose head a `classifier` tensor is
-    architectures = tuple(checkpoint.config.get("architectures") or ())
     paths = {torch_name(path): path for path in shapes}
-    sources: dict[str, tuple[Path, str]] = {}
-    ignored: list[tuple[str, str]] = []
-    copies: dict[str, tuple[Path, str]] = {}
-    surplus: dict[str, Path] = {}
-    for key in sorted(files):
-        name = family.canonical(key, model.task)
-        if reason := family.ignorable(name, model.task, architectures):
-            ignored.append((key, reason))
-        elif name not in paths and name == _HEAD and family.is_decoder:
-            copies[_EMBEDDING] = (files[key], key)
-            ignored.append((key, "tied to the embedding"))
+    sources: dict[str, str] = {}
+    copies: dict[str, str] = {}
+    surplus: list[str] = []
+    for key, name in names.items():
+        if name not in paths and name == _HEAD and checkpoint.family.is_decoder:
+            copies[_EMBEDDING] = key
         elif name not in paths:
-            surplus[key] = files[key]
+            surplus.append(key)
         elif paths[name] in sources:
             raise ValueError(
-                f"{checkpoint.source} holds {sources[paths[name]][1]} and {key}, one tensor twice; remove one of them"
+                f"{checkpoint.source} holds {sources[paths[name]]} and {key}, one tensor twice; remove one of them"
             )
         else:
-            sources[paths[name]] = (files[key], key)
+            sources[paths[name]] = key
     initialised = tuple(sorted(set(shapes) - set(sources)))
     _require_complete(checkpoint, sources, initialised, surplus)
-    _require_shapes(checkpoint, model, shapes, sources)
-    return LoadPlan(sources=sources, initialised=initialised, ignored=tuple(ignored), copies=copies)
-
-
-def _shapes_of(model: Model) -> dict[str, tuple[int, ...]]:
-    return {path: tuple(variable.shape) for path, variable in variables_of(model).items()}
+    for path, key in sources.items():
+        is_head = _top(checkpoint.family, path) in checkpoint.family.head
+        _require_fits(checkpoint, key, path, torch_shape(path, shapes[path]), model if is_head else None)
+    tied = tuple((key, "tied to the embedding") for key in copies.values())
+    return LoadPlan(sources=sources, initialised=initialised, ignored=tuple(sorted(ignored + tied)), copies=copies)
 
 
 def _top(family: Family, path: str) -> str:
@@ -152,9 +158,9 @@ def _top(family: Family, path: str) -> str:
 
 def _require_complete(
     checkpoint: Checkpoint,
-    sources: Mapping[str, tuple[Path, str]],
+    sources: Mapping[str, str],
     initialised: Sequence[str],
-    surplus: Mapping[str, Path],
+    surplus: Sequence[str],
 ) -> None:
     family, where = checkpoint.family, checkpoint.source
     partly_there = {_top(family, path) for path in sources} | {""}
@@ -165,46 +171,36 @@ def _require_complete(
             ' true in its config.json, else load its body alone with task="encoder"'
         )
     if missing:
-        also = f" and has {listed(list(surplus))}, which the model lacks" if surplus else ""
+        also = f" and has {listed(surplus)}, which the model lacks" if surplus else ""
         raise ValueError(
             f"the checkpoint in {where} lacks {listed(missing)}{also}; check model_type and the sizes in its"
             " config.json, or fetch it again"
         )
     if surplus:
-        in_files = f" (in {', '.join(sorted({file.name for file in surplus.values()}))})"
+        in_files = f" (in {', '.join(sorted({checkpoint.files[key].file.name for key in surplus}))})"
         raise ValueError(
-            f"the checkpoint in {where} holds {listed(list(surplus))}{in_files}, for which the"
+            f"the checkpoint in {where} holds {listed(surplus)}{in_files}, for which the"
             f" {family.model_type} of its config.json has no place; check model_type and the sizes there"
         )
 
 
-def _require_shapes(
-    checkpoint: Checkpoint, model: Model, shapes: Mapping[str, tuple[int, ...]], sources: Mapping[str, tuple[Path, str]]
-) -> None:
-    for file in sorted({file for file, _ in sources.values()}):
-        with checkpoint.open(file) as tensors:
-            for path, (held_in, key) in sources.items():
-                if held_in == file:
-                    is_head = _top(checkpoint.family, path) in checkpoint.family.head
-                    _require_fits(tensors, key, path, torch_shape(path, shapes[path]), model if is_head else None)
-
-
 def _require_fits(
-    tensors: TensorFile | GGUFTensors, key: str, path: str, expected: tuple[int, ...], classifier: Model | None
+    checkpoint: Checkpoint, key: str, path: str, expected: tuple[int, ...], classifier: Model | None
 ) -> None:
     """Raises ValueError unless tensor `key` fits the variable at `path`, in the head of `classifier` if given."""
-    if not jnp.issubdtype(tensors.dtype(key), jnp.floating):
+    tensor = checkpoint.files[key]
+    if not jnp.issubdtype(tensor.dtype, jnp.floating):
         raise ValueError(
-            f"{key} in {tensors.path} is {tensors.dtype(key)}; quantised checkpoints are not supported,"
+            f"{key} in {tensor.file} is {tensor.dtype}; quantised checkpoints are not supported,"
             " use the one they were made from"
         )
-    stored = tensors.shape(key)
+    stored = tensor.shape
     if stored == expected:
         return
     rest_fits = stored and stored[1:] == expected[1:]
     if classifier is not None and rest_fits and expected[0] == classifier.num_labels:
         raise ValueError(
-            f"the head {key} in {tensors.path} has {stored[0]} outputs, the {classifier.task} asked for has"
+            f"the head {key} in {tensor.file} has {stored[0]} outputs, the {classifier.task} asked for has"
             f' {classifier.num_labels}; load it with task="sequence-classification", num_labels={stored[0]}, or start a'
             ' fresh head from the body alone: save_pretrained(from_pretrained(FOLDER, task="encoder"), BODY_FOLDER),'
             " then load BODY_FOLDER"
@@ -213,70 +209,15 @@ def _require_fits(
     if path.endswith("embed_tokens/embedding") and rest_fits:
         remedy = f"its vocabulary is not that of config.json: if the tokenizer fits it, set vocab_size to {stored[0]}"
     raise ValueError(
-        f"{key} in {tensors.path} has shape {list(stored)}, config.json asks for {list(expected)}; {remedy}"
+        f"{key} in {tensor.file} has shape {list(stored)}, config.json asks for {list(expected)}; {remedy}"
     )
-
-
-def _fill(model: Model, checkpoint: Checkpoint, plan: LoadPlan, rngs: nnx.Rngs, mesh: Mesh | None) -> None:
-    """Gives every variable its value: those of the checkpoint, and what it lacks drawn at random."""
-    variables = variables_of(model)
-    places = {} if mesh is None else shardings_of(model, mesh)
-    _require_equal_copies(checkpoint, plan, variables)
-    for path, value in _read(checkpoint, plan, variables, places):
-        variables[path].set_value(value)
-    normal = nnx.initializers.normal(checkpoint.sizes.initializer_range)
-    for path in plan.initialised:
-        shape, dtype = variables[path].shape, variables[path].dtype
-        value = jnp.zeros(shape, dtype) if path.endswith("/bias") else normal(rngs.params(), shape).astype(dtype)
-        variables[path].set_value(put(value, places[path]) if places else value)
-
-
-def _read(
-    checkpoint: Checkpoint,
-    plan: LoadPlan,
-    variables: Mapping[str, nnx.Variable],
-    places: Mapping[str, NamedSharding],
-) -> Iterator[tuple[str, jax.Array]]:
-    for file in sorted({file for file, _ in plan.sources.values()}):
-        with checkpoint.open(file) as tensors:
-            for path, (held_in, key) in plan.sources.items():
-                if held_in == file and places:
-                    yield path, _read_parts(tensors, key, path, variables[path], places[path])
-                elif held_in == file:
-                    _, array = flax_from_torch(torch_name(path), tensors.read(key))
-                    yield path, jnp.asarray(array, dtype=variables[path].dtype)
-
-
-def _read_parts(
-    tensors: TensorFile | GGUFTensors, key: str, path: str, variable: nnx.Variable, sharding: NamedSharding
-) -> jax.Array:
-    """One variable, of which the part of each device is read by itself."""
-
-    def part(index: Any) -> np.ndarray:
-        stored = tensors.read_part(key, torch_shape(path, index))
-        return np.ascontiguousarray(flax_from_torch(torch_name(path), stored)[1]).astype(variable.dtype)
-
-    return jax.make_array_from_callback(tuple(variable.shape), sharding, part)
-
-
-def _require_equal_copies(checkpoint: Checkpoint, plan: LoadPlan, variables: Mapping[str, nnx.Variable]) -> None:
-    for path, (file, key) in plan.copies.items():
-        own_file, own_key = plan.sources[path]
-        dtype = variables[path].dtype
-        with checkpoint.open(file) as tensors, checkpoint.open(own_file) as own:
-            equal = np.array_equal(tensors.read(key).astype(dtype), own.read(own_key).astype(dtype))
-        if not equal:
-            raise ValueError(
-                f"{key} in {file} differs from {torch_name(path)}, but config.json ties the two; set"
-                " tie_word_embeddings to false there"
-            )
 
 
 def _note(model: Model, checkpoint: Checkpoint, plan: LoadPlan) -> None:
     """What the model keeps of where it came from, and what the log says of it."""
     model.name_or_path = checkpoint.name
     model.folder = "" if checkpoint.source is None else str(checkpoint.source.resolve())
-    files = tuple(sorted({file.name for file, _ in plan.sources.values()}))
+    files = tuple(sorted({checkpoint.files[key].file.name for key in plan.sources.values()}))
     model.load_report = LoadReport(files=files, initialised=plan.initialised, ignored=plan.ignored)
     if plan.initialised:
         drawn = ", ".join(plan.initialised)
@@ -284,3 +225,37 @@ def _note(model: Model, checkpoint: Checkpoint, plan: LoadPlan) -> None:
     if plan.ignored:
         left_out = ", ".join(f"{name} ({reason})" for name, reason in plan.ignored)
         _log.info("%s: left out %s", checkpoint.source, left_out)
+
+
+def _fill(
+    variables: Mapping[str, nnx.Variable],
+    checkpoint: Checkpoint,
+    plan: LoadPlan,
+    rngs: nnx.Rngs,
+    places: Mapping[str, NamedSharding],
+) -> None:
+    """Gives every variable its value: those of the checkpoint, and what it lacks drawn at random."""
+    normal = nnx.initializers.normal(checkpoint.sizes.initializer_range)
+    for path in plan.initialised:
+        shape = variables[path].shape
+        value = jnp.zeros(shape) if path.endswith("/bias") else normal(rngs.params(), shape)
+        _set(variables[path], places.get(path), np.asarray(value).__getitem__)
+    for path, key in plan.copies.items():
+        checkpoint.require_equal(key, plan.sources[path], variables[path].dtype)
+    paths = {key: path for path, key in plan.sources.items()}
+    for key, tensors in checkpoint.opened(paths):
+        path = paths[key]
+        _set(variables[path], places.get(path), partial(flax_part, path, partial(tensors.read_part, key)))
+
+
+def _set(variable: nnx.Variable, place: NamedSharding | None, part: Callable[[tuple[slice, ...]], np.ndarray]) -> None:
+    """Gives a variable the value that `part` reads: on a mesh, of each device the part that it holds."""
+    if place is None:
+        everything = (slice(None),) * len(variable.shape)
+        variable.set_value(jnp.asarray(part(everything), dtype=variable.dtype))
+    else:
+
+        def stored(index: Any) -> np.ndarray:
+            return np.ascontiguousarray(part(index)).astype(variable.dtype)
+
+        variable.set_value(jax.make_array_from_callback(tuple(variable.shape), place, stored))

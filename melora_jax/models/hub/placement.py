@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from melora_jax.models.base import HuggingFaceModel
 from melora_jax.nn.parallel import KernelCut, ParallelLinear, Table
 from melora_jax.nn.sharding import Layout, put
-from melora_jax.nn.tree import path_of, variables_of, walk
+from melora_jax.nn.tree import path_of, variables_of
 
 M = TypeVar("M", bound=HuggingFaceModel)
 
@@ -18,7 +18,7 @@ M = TypeVar("M", bound=HuggingFaceModel)
 def lay_out(model: HuggingFaceModel, layout: Layout) -> None:
     """Gives a fresh model its layout, and tells each dense layer and table how it may be cut."""
     model.layout = layout
-    for path, module in walk(model):
+    for path, module in nnx.iter_graph(model):
         if isinstance(module, ParallelLinear):
             inputs, outputs = layout.units(f"{path_of(path)}/kernel", tuple(module.kernel.shape))
             module.cut = KernelCut(inputs, outputs)
@@ -26,12 +26,14 @@ def lay_out(model: HuggingFaceModel, layout: Layout) -> None:
             module.units = layout.units(f"{path_of(path)}/embedding", tuple(module.embedding.shape))[0]
 
 
-def shardings_of(model: HuggingFaceModel, mesh: Mesh) -> dict[str, NamedSharding]:
-    """Where each variable of an unadapted model belongs, by its path.
+def shardings_of(model: HuggingFaceModel, mesh: Mesh | None) -> dict[str, NamedSharding]:
+    """Where each variable of an unadapted model belongs, by its path; empty without a mesh.
 
     Raises:
       ValueError: no rule covers a variable.
     """
+    if mesh is None:
+        return {}
     return {
         path: NamedSharding(mesh, model.layout.spec(path, tuple(variable.shape), mesh))
         for path, variable in variables_of(model).items()

@@ -189,14 +189,10 @@ def _held(origin: Checkpoint, task: str, dtypes: Mapping[str, np.dtype]) -> dict
     if not origin.has_safetensors:
         return {}
     paths = {torch_name(path): path for path in dtypes}
-    held = {}
-    for file in sorted(set(origin.files.values())):
-        with origin.open(file) as tensors:
-            for key in tensors.keys():
-                path = paths.get(origin.family.canonical(key, task))
-                if path is not None:
-                    held[path] = (file.name, tensors.dtype(key))
-    return held
+    names = {key: origin.family.canonical(key, task) for key in origin.files}
+    keys = {paths[name]: key for key, name in names.items() if name in paths}
+    stored = {path: origin.files[key] for path, key in keys.items()}
+    return {path: (tensor.file.name, tensor.dtype) for path, tensor in stored.items()}
 
 
 def _say_narrowed(

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from melora_jax.models.hub.names import FAMILIES, flax_from_torch, torch_from_flax, torch_name, torch_shape
+from melora_jax.models.hub.families import FAMILIES
+from melora_jax.models.hub.names import flax_from_torch, torch_from_flax, torch_name, torch_shape
 
 module = st.sampled_from(["bert", "layer", "3", "attention", "self", "query", "LayerNorm", "out_proj"])
 stems = st.lists(module, min_size=1, max_size=6)
