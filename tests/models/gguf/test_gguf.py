@@ -15,8 +15,6 @@ import pytest
 
 import melora_jax as mj
 from melora_jax.models.decoders.config import decoder_config
-from melora_jax.models.gguf.config import config_from_gguf
-from melora_jax.models.gguf.reader import GGUFFile
 from melora_jax.models.gguf.tensors import GGUFTensors
 from melora_jax.nn.tree import variables_of
 from tests.support.decoder_fixtures import CONFIGS, SIZES, apply, random_decoder, token_ids, torch_decoder, torch_run
@@ -112,16 +110,16 @@ def test_llama3_is_known_by_its_factors(factor: float, size: int, tmp_path: Path
                 (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(key, value)
             writer.add_tensor("token_embd.weight", np.ones((11, 12), np.float32))
             writer.add_tensor("rope_freqs.weight", 1.0 + np.float32(scale) * (factors - 1.0))
-        file = GGUFFile(tmp_path / "model.gguf")
-        assert config_from_gguf(file)["rope_scaling"] == expected
+        file = GGUFTensors(tmp_path / "model.gguf")
+        assert file.config["rope_scaling"] == expected
 
 
 def test_tokens_that_end_a_text_or_a_turn(tmp_path: Path) -> None:
     tokens = {"tokenizer.ggml.tokens": ["a", "<|im_end|>", "b"], "tokenizer.ggml.eos_token_id": 2}
 
     def ids(changes: dict[str, Any]) -> Any:
-        file = GGUFFile(write_fields(tmp_path / "model.gguf", tokens | changes))
-        return config_from_gguf(file)["eos_token_id"]
+        file = GGUFTensors(write_fields(tmp_path / "model.gguf", tokens | changes))
+        return file.config["eos_token_id"]
 
     assert ids({}) == 2
     assert ids({"tokenizer.ggml.eot_token_id": 0}) == [2, 0]
@@ -141,8 +139,8 @@ def test_gemma_of_27_billion_scales_by_another_size(layers: int, heads: int, exp
     renamed = {key.replace("llama.", f"{architecture}."): value for key, value in fields.items()}
     removed = dict.fromkeys(fields_of({}))
     norms = {f"blk__{layer}__attn_norm__weight": (12,) for layer in range(layers)}
-    file = GGUFFile(write_fields(tmp_path / "model.gguf", removed | renamed, architecture, **norms))
-    assert config_from_gguf(file)["query_pre_attn_scalar"] == expected
+    file = GGUFTensors(write_fields(tmp_path / "model.gguf", removed | renamed, architecture, **norms))
+    assert file.config["query_pre_attn_scalar"] == expected
 
 
 @pytest.mark.parametrize(

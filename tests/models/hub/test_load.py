@@ -14,8 +14,10 @@ from flax import nnx
 
 import melora_jax as mj
 from melora_jax.files.safetensors_io import write_tensors
+from melora_jax.models import abstract_model, open_checkpoint
 from melora_jax.models.hub.names import torch_name
 from melora_jax.nn.tree import variables_of
+from melora_jax.training import check_mesh
 from tests.support.models_fixtures import (
     CONFIGS,
     FAMILIES,
@@ -235,6 +237,33 @@ def test_labels_and_origin_are_kept(folder):
     assert mj.from_pretrained(folder, task="encoder").num_labels is None
 
 
+def opened_files(monkeypatch) -> list[str]:
+    """The names of the files that Python opens from here on."""
+    names: list[str] = []
+    whole = open
+
+    def counted(file, *arguments, **options):
+        names.append(Path(str(file)).name)
+        return whole(file, *arguments, **options)
+
+    monkeypatch.setattr("builtins.open", counted)
+    monkeypatch.setattr("io.open", counted)
+    return names
+
+
+def test_config_json_is_read_once(folder, tmp_path, monkeypatch):
+    names = opened_files(monkeypatch)
+    model = mj.from_pretrained(folder)
+    assert names.count("config.json") == 1
+    checkpoint = open_checkpoint(folder)
+    abstract_model(checkpoint)
+    assert same(mj.from_pretrained(checkpoint), model)
+    check_mesh(checkpoint, mj.MELoRAConfig(n=3, targets=["query"]), mj.make_mesh(data=-1))
+    assert names.count("config.json") == 2
+    mj.save_pretrained(model, tmp_path / "saved")
+    assert names.count("config.json") == 3  # written
+
+
 def test_a_loaded_model_trains_and_splits_like_any_other(folder):
     model = mj.from_pretrained(folder)
     inputs = batch("bert").values()
@@ -311,7 +340,7 @@ def test_folders_without_a_model_are_refused(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds neither .*, only model.fp16.safetensors; .*rename the file"):
         mj.from_pretrained(folder)
     (folder / "model.fp16.safetensors").rename(folder / "adapter_model.safetensors")
-    with pytest.raises(FileNotFoundError, match="holds an adapter and no model; load its base model first"):
+    with pytest.raises(FileNotFoundError, match="holds an adapter, not a model; load its base model first"):
         mj.from_pretrained(folder)
     (folder / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"config.json does not exist"):
@@ -399,7 +428,7 @@ def test_the_hub_is_asked_for_no_file_that_runs_code(folder, bert, monkeypatch):
 def test_without_a_network_the_hub_is_a_clear_error(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     message = (
-        r"'org/nothing' is no folder here and could not be fetched .* `hf download org/nothing --local-dir FOLDER`"
+        r"'org/nothing' is not a folder here and could not be fetched .* `hf download org/nothing --local-dir FOLDER`"
     )
     with pytest.raises(FileNotFoundError, match=message) as error:
         mj.from_pretrained("org/nothing")
