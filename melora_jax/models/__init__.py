@@ -1,4 +1,7 @@
-"""Our own Flax definitions of Hugging Face models, loaded from and saved to Hugging Face checkpoints."""
+"""Flax definitions of Hugging Face models, loaded from and saved to their checkpoints.
+
+Imports `nn`, `core` and below.
+"""
 
 from melora_jax.models.auto import Model, ModelOptions, abstract_model, model_from_config
 from melora_jax.models.base import HFConfig, HuggingFaceModel, LoadReport

@@ -33,7 +33,7 @@ Classifier: TypeAlias = (
 )
 Model: TypeAlias = Classifier | BertModel | DistilBertModel | CausalLM | DecoderModel
 
-# by the family's prefix: its body, and with each head
+# by the family's prefix: the body, and the body with each head
 _BODIES: dict[str, Any] = {
     "bert": BertModel,
     "roberta": BertModel,

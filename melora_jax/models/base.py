@@ -19,6 +19,14 @@ MODEL_DTYPES = {name: jnp.dtype(name) for name in ("float32", "bfloat16")}
 class HFConfig(Mapping[str, Any]):
     """The content of a config.json: an immutable, hashable mapping, so that it can be static in a Flax module.
 
+    Two are equal if they hold the same JSON values.
+
+    Args:
+      values: what `json.loads` of a config.json gives.
+
+    Raises:
+      TypeError: a value is not JSON.
+
     >>> config = HFConfig({"model_type": "bert", "id2label": {"0": "no", "1": "yes"}})
     >>> config["id2label"]["1"], config == HFConfig(config.to_dict()), hash(config) == hash(HFConfig(config))
     ('yes', True, True)
@@ -28,7 +36,7 @@ class HFConfig(Mapping[str, Any]):
         self._text = json.dumps(dict(values), sort_keys=True)
 
     def to_dict(self) -> dict[str, Any]:
-        """A fresh plain dict, free to change."""
+        """A new plain dict, which may be changed."""
         return json.loads(self._text)
 
     def __getitem__(self, key: str) -> Any:
@@ -52,12 +60,16 @@ class HFConfig(Mapping[str, Any]):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadReport:
-    """What `from_pretrained` did beside copying tensors.
+    """What `from_pretrained` did in addition to copying tensors. Prints as one line for each kind.
 
     Attributes:
       files: names of the files read.
       initialised: paths of the variables that the checkpoint lacks and that were drawn at random.
-      ignored: names of the checkpoint's tensors that the model has no use for, each with the reason.
+      ignored: (name, reason) of each tensor of the checkpoint that the model does not use.
+
+    >>> print(LoadReport(files=("model.safetensors",), initialised=("classifier/kernel",)))
+    read model.safetensors
+    drawn at random, to be trained: classifier/kernel
     """
 
     files: tuple[str, ...] = ()
@@ -75,7 +87,7 @@ class LoadReport:
 
 
 class HuggingFaceModel(nnx.Module):
-    """Base of the models that `from_pretrained` makes.
+    """The base class of the models that `from_pretrained` makes.
 
     Attributes:
       config: the Hugging Face configuration, describing the model as it is (labels, dtype, architecture).
@@ -84,9 +96,17 @@ class HuggingFaceModel(nnx.Module):
       dtype: "float32" or "bfloat16", of parameters and computation.
       max_length: the longest sequence, in tokens.
       name_or_path: the folder or hub id it was loaded from; "" when it was built from a configuration.
-      folder: the folder the files were read from, in the hub's cache for a hub id, or the GGUF file; "" likewise.
+      folder: the folder the files were read from (in the hub's cache for a hub id) or the GGUF file; "" when it was
+        built from a configuration.
       load_report: what was read, initialised and left out.
       layout: how its variables lie on a mesh.
+
+    >>> from melora_jax.models import model_from_config
+    >>> sizes = dict(vocab_size=11, hidden_size=6, num_hidden_layers=1, num_attention_heads=2, intermediate_size=7,
+    ...              max_position_embeddings=13)
+    >>> model = model_from_config({"model_type": "bert", **sizes}, num_labels=3)
+    >>> isinstance(model, HuggingFaceModel), model.task, model.num_labels, model.max_length
+    (True, 'sequence-classification', 3, 13)
     """
 
     config: HFConfig
@@ -133,7 +153,7 @@ def with_task(
       task: one of TASKS.
       architecture: the Hugging Face class of the model.
       num_labels: outputs of the head; None keeps those of `config` (1 for regression).
-      label_names: one name a label; None keeps those of `config` where their number fits.
+      label_names: one name for each label; None keeps those of `config` if their number fits.
 
     Raises:
       ValueError: the numbers of labels contradict each other.
@@ -169,7 +189,7 @@ def _labels_for(
             raise ValueError(f"regression has one output, not num_labels={num_labels}; leave num_labels out")
         num_labels = 1
     if num_labels is not None and num_labels < 1:
-        raise ValueError(f"num_labels={num_labels} makes no sense; give the number of classes, or 1 for regression")
+        raise ValueError(f"num_labels={num_labels} must be at least 1; give the number of classes, or 1 for regression")
     if label_names is not None:
         names = tuple(label_names)
         if len(set(names)) != len(names) or not names:

@@ -1,4 +1,4 @@
-"""What a model is called with: checks of its arrays before anything is computed, and the dropout key."""
+"""A model's inputs: checks of its arrays before anything is computed, and the dropout key."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from melora_jax.core.dropout import dropout_key
 
 
 def dropout_on(key: jax.Array | None) -> contextlib.AbstractContextManager[None]:
-    """Enters `dropout_key(key)`; without a key leaves in force what is entered outside."""
+    """Enters `dropout_key(key)`; without a key, a `dropout_key` entered outside stays in force."""
     return contextlib.nullcontext() if key is None else dropout_key(key)
 
 
@@ -47,7 +47,7 @@ def require_shape(name: str, array: jax.Array, shape: tuple[int, ...]) -> None:
 
 
 def require_below(array: jax.Array, limit: int, name: str, limit_name: str, remedy: str) -> None:
-    """Raises ValueError where a value outside [0, limit) is seen; inside a trace none is."""
+    """Raises ValueError if a value lies outside [0, limit); inside a trace, where values are unknown, never."""
     if isinstance(array, Tracer) or not array.size:
         return
     low, high = int(array.min()), int(array.max())

@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from melora_jax.core.dropout import numbered_layer, scanned_layers
 from melora_jax.nn.tree import path_of, rewrite, walk
 
-# What a layer does: (layer, x, its number, its path, its entry of the cache) -> (x, that entry again)
+# Calls a layer: (layer, x, its number, its path, its entry of the cache) -> (x, the new entry)
 Call = Callable[[Any, jax.Array, int, str, Any], tuple[jax.Array, Any]]
 
 
@@ -32,7 +32,7 @@ class LayerRun(nnx.Module):
     Args:
       block: the layers of one repeat; each variable has the repeats as its first axis.
       first: the number of the first layer.
-      repeats: how often the block stands there.
+      repeats: how often the block repeats.
     """
 
     def __init__(self, block: Sequence[nnx.Module], first: int, repeats: int) -> None:
@@ -46,7 +46,7 @@ class LayerRun(nnx.Module):
         return range(self.first, self.first + self.repeats * len(self.block))
 
     def scan(self, x: jax.Array, call: Call, path: str, cached: Sequence[Any]) -> tuple[jax.Array, list[Any]]:
-        """Runs the layers. A cache has an entry for each layer of the block, with the repeats as first axis."""
+        """Runs the layers. `cached` has an entry for each layer of the block, with the repeats as first axis."""
         graphdef, state = nnx.split(self.block)
         size = len(self.block)
 
@@ -74,13 +74,13 @@ class Layers(nnx.List):
 
         Args:
           x: what the first layer takes.
-          call: calls one layer. In a run it is traced once for each layer of the block, whose number stands for the
-            others': they differ in nothing but the values of their variables. "*" in the path stands for the number.
+          call: calls one layer. In a run it is traced once for each layer of the block, with the number of the first
+            repeat's: repeats differ only in the values of their variables. The path has "*" in place of the number.
           path: of this list.
-          cached: an entry for each of `leads()`; None where layers keep nothing.
+          cached: an entry for each of `leads()`; None if layers keep nothing.
 
         Returns:
-          The last layer's output, and the entries again.
+          The last layer's output, and the new entries.
         """
         left = iter([None] * len(self.leads()) if cached is None else cached)
         kept: list[Any] = []
@@ -117,7 +117,10 @@ class Stacking:
     Attributes:
       layers: how many layers the model has.
       runs: (number of its first layer, layers in its block, repeats) of each run.
-      single: numbers of the layers that stay alone, since none beside them is equal.
+      single: numbers of the layers that stay alone, because no neighbour is equal.
+
+    >>> print(Stacking(layers=7, runs=((0, 2, 3),), single=(6,)))
+    7 layers in 1 scanned run(s): 0-5 (3 × 2); alone: 6
     """
 
     layers: int
@@ -133,17 +136,23 @@ class Stacking:
 def stack_layers(model: nnx.Module) -> Stacking:
     """Puts runs of equal layers into stacked variables, in place: the last step before training.
 
-    A run is one layer, or a block of a few (Gemma's local and global ones), repeated: layers are equal that differ in
-    values alone. `jax.lax.scan` passes through it, so the time to compile does not grow with the depth. The model
-    computes the same, dropout masks included; `save_adapter`, `export_peft`, `merge` and `unwrap` give what they would
-    give without. Optimizers and training steps belong to the stacked model and are made after this.
+    A run repeats one layer, or a block of a few (Gemma's local and global ones); layers are equal if they differ only
+    in the values of their variables. `jax.lax.scan` runs them, so the time to compile does not grow with the depth. The
+    model computes the same, dropout masks included, and `save_adapter`, `export_peft`, `merge` and `unwrap` give the
+    same results as without stacking. Make optimizers and training steps after stacking.
 
     Args:
-      model: one from `from_pretrained`, plain or adapted. Each variable is stacked and let go in turn, so that memory
-        stays near the model plus its largest stack.
+      model: one from `from_pretrained`, plain or adapted. Each variable `[...]` of a run becomes one `[repeats, ...]`,
+        of the same dtype. They are stacked and freed one at a time, so that memory stays near the model plus its
+        largest stack.
+
+    Returns:
+      Which layers were stacked.
 
     Raises:
-      ValueError: it has no list of layers that can be stacked, or is stacked already. It is left as it was.
+      ValueError: it has no list of layers that can be stacked, or is stacked already. The model is unchanged.
+
+    Source: `jax.lax.scan` over layers, as in levanter and MaxText.
 
     >>> from melora_jax.models import model_from_config
     >>> sizes = dict(vocab_size=11, hidden_size=8, num_hidden_layers=5, num_attention_heads=2, intermediate_size=7,
@@ -163,7 +172,13 @@ def stack_layers(model: nnx.Module) -> Stacking:
 
 
 def unstack_layers(model: M) -> M:
-    """The inverse of `stack_layers`, in place: every layer a module of its own. Returns the model, stacked or not.
+    """The inverse of `stack_layers`, in place: every layer becomes a module of its own again.
+
+    Args:
+      model: stacked, or not, which leaves it as it is.
+
+    Returns:
+      The model itself; each stacked variable `[repeats, ...]` is split into `repeats` variables of the same dtype.
 
     >>> from melora_jax.models import model_from_config
     >>> sizes = dict(vocab_size=11, hidden_size=8, num_hidden_layers=5, num_attention_heads=2, intermediate_size=7,
@@ -184,11 +199,11 @@ def is_stacked(model: nnx.Module) -> bool:
 
 
 def unstacked(model: M, wanted: Any = ...) -> M:
-    """A model like `model` whose layers are modules of their own: itself, or a copy where layers are stacked.
+    """A model like `model` whose layers are modules of their own: itself, or a copy if layers are stacked.
 
     Args:
       model: left as it is.
-      wanted: NNX filter of the variables whose values the copy gets; the others have shapes alone.
+      wanted: NNX filter of the variables whose values the copy gets; the others have only shapes.
     """
     if not is_stacked(model):
         return model
@@ -202,9 +217,9 @@ def _shape_of(array: Any) -> jax.ShapeDtypeStruct:
 
 
 def _shared_variables(model: nnx.Module) -> frozenset[int]:
-    """Variables to which more than one path leads: stacking their layers would part them."""
+    """Variables to which more than one path leads: stacking their layers would separate them."""
     paths = Counter(id(node) for _, node in walk(model) if isinstance(node, nnx.Variable))
-    # walk enters a shared module once, so what lies in one is shared too
+    # walk enters a shared module once, so all that it holds is shared too
     modules = Counter(id(node) for _, node in walk(model) if isinstance(node, nnx.Module))
     inside = (
         id(variable)
@@ -233,7 +248,7 @@ def _stacked(layers: Layers, path: str, shared: frozenset[int]) -> Layers:
 
 
 def _rename(layer: nnx.Module, old: str, new: str) -> None:
-    """Adapters hold their path, which names the layer by its number, or in a run by "*"."""
+    """Adapters hold their path, which has the layer's number, or "*" in a run."""
     adapters: list[Any] = [node for _, node in walk(layer) if isinstance(getattr(node, "path", None), str)]
     for adapter in adapters:
         if adapter.path.startswith(old):
@@ -241,7 +256,7 @@ def _rename(layer: nnx.Module, old: str, new: str) -> None:
 
 
 def _mark(layer: nnx.Module, shared: frozenset[int]) -> Hashable:
-    """Equal for layers that differ in the values of their variables alone."""
+    """Equal for layers that differ only in the values of their variables."""
     if any(id(node) in shared for _, node in walk(layer)):
         return object()
     graphdef, state = nnx.split(layer)
@@ -250,7 +265,7 @@ def _mark(layer: nnx.Module, shared: frozenset[int]) -> Hashable:
 
 
 def _runs(marks: Sequence[Hashable]) -> Iterator[tuple[int, int, int]]:
-    """Cuts layers into (first, block size, repeats): at each place the block that covers the most, the shortest first.
+    """Cuts layers into (first, block size, repeats): at each place the shortest block that covers the most.
 
     >>> list(_runs("aabcbcbcd"))
     [(0, 1, 2), (2, 2, 3), (8, 1, 1)]
@@ -275,7 +290,7 @@ def _repeats(marks: Sequence[Hashable], first: int, size: int) -> int:
 
 
 def _stack(layers: Sequence[nnx.Module]) -> nnx.Module:
-    """The first of equal layers, each of its variables holding the values of all. The others are used up."""
+    """The first of equal layers, each of its variables holding the values of all; the others lose theirs."""
     variables = [[node for _, node in walk(layer) if isinstance(node, nnx.Variable)] for layer in layers]
     for equal in zip(*variables, strict=True):
         arrays = [variable.get_raw_value() for variable in equal]
@@ -310,7 +325,7 @@ def _unstacked(layers: Layers, path: str) -> Iterator[nnx.Module]:
 
 
 def _take_apart(stack: nnx.Module, layers: Sequence[nnx.Module]) -> None:
-    """Gives the values of a stacked layer to as many single ones, variable by variable."""
+    """Distributes the values of a stacked layer to single ones, variable by variable."""
     variables = [[node for _, node in walk(layer) if isinstance(node, nnx.Variable)] for layer in (stack, *layers)]
     for whole, *parts in zip(*variables, strict=True):
         values = whole.get_raw_value()

@@ -1,6 +1,6 @@
 """Walking and rewriting a Flax NNX object graph: any tree of modules, lists, dicts and tuples.
 
-`path_of` is the one place where a position in a tree becomes text; it serves matching, labels, errors and files.
+`path_of` alone turns a position in a tree into text, for matching, labels, errors and files.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def path_of(keypath: Path) -> str:
     'a/0'
     """
     if keypath and isinstance(keypath[-1], jax.tree_util.GetAttrKey) and keypath[-1].name == "value":
-        keypath = keypath[:-1]  # NNX adds it for the array inside a variable
+        keypath = keypath[:-1]  # NNX adds it for the array in a variable
     return "/".join(_name_of(key) for key in keypath)
 
 
@@ -59,7 +59,8 @@ def children(node: Any) -> list[tuple[Any, Any]]:
 def walk(root: Any) -> Iterator[tuple[Path, Any]]:
     """Every module and variable below and including `root`, once for each path that leads to it.
 
-    A shared module comes once a path, but its inside is entered only the first time.
+    A shared module is yielded for each path, but entered only the first time. `nnx.iter_graph` yields it once, for its
+    first path, so it can't tell what is shared.
     """
     entered: set[int] = set()
 
@@ -86,8 +87,9 @@ def variables_of(node: Any) -> dict[str, nnx.Variable]:
 def rewrite(root: Any, swap: Swap) -> Any:
     """Replaces nodes in place: each is set to `swap(path, node)` wherever it stands.
 
-    `swap` returns the node itself to keep it and go on inside. It is asked once a path, so for a shared node it must
-    return the same replacement each time. Returns `root`, or its replacement.
+    `swap` returns the node itself to keep it and enter it. It is called for each path, so for a shared node it must
+    return the same replacement each time. Returns `root`, or its replacement. `nnx.recursive_map` returns a copy
+    instead, and so can't keep a model in place.
     """
     entered: set[int] = set()
 

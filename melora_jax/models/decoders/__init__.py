@@ -1,1 +1,1 @@
-"""Llama, Mistral, Qwen, Gemma and SmolLM as one configurable decoder; imports `nn`, `core` and `models.base`."""
+"""Llama, Mistral, Qwen, Gemma and SmolLM as one configurable decoder; imports `nn`, `core` and what models share."""

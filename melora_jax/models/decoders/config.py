@@ -25,8 +25,8 @@ _SUPPORTED = (
 class DecoderConfig:
     """The hyperparameters of a decoder.
 
-    `layer_types` has one of "full_attention" and "sliding_attention" for each layer; `ropes` the rotary embedding of
-    each type that occurs; `window` how many tokens a sliding layer sees, the query's own included.
+    `layer_types` is "full_attention" or "sliding_attention" for each layer, `ropes` the rotary embedding of each type
+    that occurs, `window` how many tokens a sliding layer sees, the query's own included.
     """
 
     vocab_size: int
@@ -61,7 +61,7 @@ class DecoderConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Traits:
-    """What a family's model type implies, without a word in its configuration."""
+    """What a model type implies without its configuration saying so."""
 
     activation_key: str = "hidden_act"
     activation: str = "silu"
@@ -157,7 +157,7 @@ def _head_dim(config: Mapping[str, Any], traits: _Traits, heads: int, where: str
 
 
 def _kv_heads(config: Mapping[str, Any], model_type: str, heads: int, where: str) -> int:
-    # the first Llama had no such key; in the others an absent one stands for different numbers
+    # the first Llama does not have this key; in other families its absence means different numbers
     absent = "num_key_value_heads" not in config and model_type != "llama"
     count = whole(config, "num_key_value_heads", where, None if absent else heads)
     if heads % count:
@@ -185,7 +185,7 @@ def _probability(config: Mapping[str, Any], key: str, where: str) -> float:
 
 
 def _softcaps(config: Mapping[str, Any], model_type: str, where: str) -> tuple[float | None, float | None]:
-    """Of the attention scores and of the logits. An absent key has the family's default, null means none."""
+    """Of the attention scores and of the logits. An absent key takes the family's default; null means none."""
     traits = _TRAITS[model_type]
     if not traits.gemma:
         return None, None
@@ -198,7 +198,7 @@ def _softcaps(config: Mapping[str, Any], model_type: str, where: str) -> tuple[f
 
 
 def _rope(config: Mapping[str, Any], model_type: str, kind: str, size: int, limit: int, where: str) -> Rope:
-    """The rotary embedding of the layers of one type: Gemma 3 has one for each, the others have one for all."""
+    """The rotary embedding of the layers of one type: Gemma 3 has one for each type, others have one for all."""
     theta = positive(config, "rope_theta", where, _TRAITS[model_type].theta)
     given = config.get("rope_parameters") or {}
     nested = isinstance(given, dict) and any(name in given for name in (FULL, SLIDING))
@@ -219,10 +219,10 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def window_from(config: Mapping[str, Any], model_type: str, where: str) -> int | None:
-    """How many tokens a sliding layer sees, the query's own included; None where no window is in use.
+    """How many tokens a sliding layer sees, the query's own included; None if no window is in use.
 
     Raises:
-      ValueError: it is no whole number.
+      ValueError: it is not a whole number.
 
     >>> window_from({"sliding_window": 32, "use_sliding_window": False}, "qwen2", "config.json") is None
     True
@@ -244,7 +244,7 @@ def layer_types_of(
     Args:
       config: the content of config.json.
       model_type: the family's.
-      layers: how many there are.
+      layers: number of layers.
       window: from `window_from`.
       where: the file, for errors.
 
@@ -262,7 +262,8 @@ def layer_types_of(
         )
     if model_type in ("llama", "mistral") and tuple(types) != default:
         raise ValueError(
-            f"layer_types in {where} mix full and sliding attention, which {model_type} has not; use another model"
+            f"layer_types in {where} mix full and sliding attention, which {model_type} does not have; use another"
+            " model"
         )
     if SLIDING in types and window is None:
         raise ValueError(f"layer_types in {where} name {SLIDING}, but no sliding_window is in use; set both or neither")

@@ -1,4 +1,4 @@
-"""The heads of a decoder: over the vocabulary, on all tokens or on the newest with a cache, and over labels."""
+"""The heads of a decoder: over the vocabulary, for all tokens or for new ones with a cache, and over labels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from melora_jax.models.inputs import checked_mask
 
 
 class CausalLM(HuggingFaceModel):
-    """A decoder with its head over the vocabulary, which is the embedding where the two are tied.
+    """A decoder with its head over the vocabulary; a tied head is the embedding.
 
     Args:
       parts: makes the layers.
@@ -78,7 +78,7 @@ class CausalLM(HuggingFaceModel):
     ) -> tuple[jax.Array, KVCache]:
         """The last hidden states of further tokens and the cache with them in it; as in `DecoderModel`.
 
-        A prompt needs the logits of its last tokens alone: `model.logits(hidden[:, -1])`.
+        A prompt needs only the logits of its last tokens: `model.logits(hidden[:, -1])`.
         """
         return self.model.advance(input_ids, cache, attention_mask, position_ids)
 
@@ -97,8 +97,8 @@ class CausalLM(HuggingFaceModel):
 class DecoderForSequenceClassification(HuggingFaceModel):
     """A decoder with one dense layer, without bias, on the last token that is not padding.
 
-    transformers finds that token by `pad_token_id` in config.json instead of by the mask: a checkpoint without one has
-    to get one before transformers can serve a batch of it.
+    transformers finds that token by `pad_token_id` in config.json instead of by the mask: a checkpoint without one
+    needs one before transformers can run a batch.
 
     Args:
       parts: makes the layers.
@@ -121,8 +121,8 @@ class DecoderForSequenceClassification(HuggingFaceModel):
 
         Args:
           input_ids: whole numbers `[b, t]`.
-          attention_mask: `[b, t]`, 0 at padding, left or right; without one the last token is that of the row.
-          token_type_ids: must be None; decoders know no token types.
+          attention_mask: `[b, t]`, 0 at padding, left or right; None takes the last token of each row.
+          token_type_ids: must be None; decoders have no token types.
           key: PRNG key that turns dropout on; None leaves an outer `dropout_key` in force.
 
         Raises:

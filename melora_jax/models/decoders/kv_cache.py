@@ -15,12 +15,12 @@ from melora_jax.models.decoders.masks import Tokens
 class KVCache(NamedTuple):
     """A cache of s places; a pytree, so that it can be carried through `jax.jit` and `jax.lax.while_loop`.
 
-    Every call writes its tokens, padding too, at the next places of all rows alike; padding is marked and never seen.
+    Each call writes its tokens, padding included, at the next places of all rows; padding is marked and never seen.
 
     Attributes:
       keys: `[b, s, f, k]` for each layer, f key and value heads of size k, already turned by RoPE; stacked layers
-        have theirs in one array, with the layers as first axis.
-      values: `[b, s, f, k]` for each layer, likewise.
+        share one array, with the layers as first axis.
+      values: as `keys`, but not turned.
       positions: int32 `[b, s]`, the position of the token at each place.
       valid: bool `[b, s]`, True where there is a token.
       filled: int32, how many places are taken.
@@ -56,7 +56,7 @@ def empty_cache(
     >>> empty_cache([(), ()], (3, 11, 2, 4), jnp.float32).length
     11
     """
-    # arrays of their own, so that a jitted step can take each of them over
+    # separate arrays, so that a jitted step can be given each of them to reuse
     keys, values = (tuple(jnp.zeros((*lead, *shape), dtype) for lead in leads) for _ in range(2))
     positions, valid = jnp.zeros(shape[:2], jnp.int32), jnp.zeros(shape[:2], bool)
     return KVCache(keys, values, positions, valid, jnp.zeros((), jnp.int32))
@@ -104,7 +104,7 @@ def take_rows(cache: KVCache, rows: jax.Array) -> KVCache:
 
 
 def next_positions(cache: KVCache, valid: jax.Array) -> jax.Array:
-    """The positions of new tokens, int32 `[b, t]`, which go on from the last one of each row and pass over padding."""
+    """The positions of new tokens, int32 `[b, t]`, which count on from the last one of each row and skip padding."""
     last = jnp.where(cache.valid, cache.positions, -1).max(axis=1, keepdims=True)
     return jnp.maximum(last + jnp.cumsum(valid.astype(jnp.int32), axis=1), 0)
 

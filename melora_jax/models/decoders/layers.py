@@ -1,6 +1,6 @@
 """The layers of Llama, Mistral, Qwen and Gemma, module for module as Hugging Face names them.
 
-Modules take their path when they are called and hold none, so that equal layers stay equal and can be stacked.
+Modules get their path with each call and store none, so that equal layers stay equal and can be stacked.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Shared(NamedTuple):
 
     Attributes:
       cos, sin: float32 `[b or 1, t, k / 2]`, of the rotary embedding.
-      mask: bool `[b or 1, 1, t, s]`; None where a token sees all that lies back, as far as the layer's window.
+      mask: bool `[b or 1, 1, t, s]`; None if a token sees all earlier ones within the layer's window.
       first: int32, the place in the cache of the first token; 0 without a cache.
     """
 
@@ -53,7 +53,7 @@ class RMSNorm(nnx.Module):
 
 
 class TokenEmbedding(Table):
-    """An embedding whose use as the output layer gives float32 logits."""
+    """An embedding that, used as the output layer, gives float32 logits."""
 
     def attend(self, query: jax.Array, out_sharding: jax.P | None = None) -> jax.Array:
         """`query · embeddingᵀ`, `[..., d]` to float32 `[..., v]`."""
@@ -63,7 +63,7 @@ class TokenEmbedding(Table):
 
 @dataclasses.dataclass(frozen=True)
 class DecoderParts:
-    """Makes the parts of a decoder: Flax layers whose parameters and computation have one dtype.
+    """Makes the parts of a decoder: Flax layers whose parameters and computation share one dtype.
 
     Kernels and embeddings are drawn from N(0, initializer_range²), as in Hugging Face. `remat` says what the backward
     pass recomputes: "none", "dots" (all but products with kernels) or "full" (each layer from its input).
@@ -75,7 +75,7 @@ class DecoderParts:
     remat: str = "none"
 
     def linear(self, d_in: int, d_out: int, *, bias: bool, output_dtype: jnp.dtype | None = None) -> ParallelLinear:
-        """A dense layer; `output_dtype` is what its products are summed and returned in, None for the layers' own."""
+        """A dense layer; its products are summed and returned in `output_dtype`, None for `dtype`."""
         return ParallelLinear(
             d_in,
             d_out,
@@ -99,7 +99,7 @@ class DecoderParts:
         )
 
     def norm(self, size: int) -> RMSNorm:
-        """A normalisation over `size` features, in the family's way."""
+        """The family's normalisation over `size` features."""
         return RMSNorm(size, self.config.norm_eps, 1.0 if self.config.gemma else 0.0, self.dtype)
 
 
@@ -159,7 +159,7 @@ class DecoderMLP(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """One layer: attention and feed-forward, each on a normalised copy that is added back."""
+    """One layer: attention, then feed-forward; each takes the normalised input and is added to it."""
 
     def __init__(self, parts: DecoderParts, window: int | None) -> None:
         self.self_attn = DecoderAttention(parts, window)
@@ -176,7 +176,7 @@ class DecoderLayer(nnx.Module):
 
 
 class GemmaLayer(DecoderLayer):
-    """Gemma 2 and 3: what is added back is normalised too."""
+    """A layer of Gemma 2 and 3, which also normalises what is added."""
 
     def __init__(self, parts: DecoderParts, window: int | None) -> None:
         super().__init__(parts, window)

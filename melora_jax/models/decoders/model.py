@@ -57,11 +57,11 @@ class DecoderModel(HuggingFaceModel):
 
         Args:
           input_ids: whole numbers `[b, t]`.
-          attention_mask: `[b, t]`, 0 at padding, left or right; None where there is none.
-          position_ids: whole numbers `[b, t]` or `[1, t]`; None counts the tokens of each example from 0 and passes
-            over padding.
-          segment_ids: whole numbers `[b, t]`, another for each example packed into a row: tokens see only tokens of
-            their own. None where each row is one example.
+          attention_mask: `[b, t]`, 0 at padding, left or right; None without padding.
+          position_ids: whole numbers `[b, t]` or `[1, t]`; None counts the tokens of each example from 0 and skips
+            padding.
+          segment_ids: whole numbers `[b, t]`, a different one for each example packed into a row: tokens see only
+            tokens of their own example. None if each row is one example.
           key: PRNG key that turns dropout on; None leaves an outer `dropout_key` in force.
 
         Raises:
@@ -107,13 +107,13 @@ class DecoderModel(HuggingFaceModel):
     ) -> tuple[jax.Array, KVCache]:
         """The last hidden states of further tokens, `[b, t, d]`, and the cache with them in it.
 
-        Prompts of unequal length may be padded left or right: padding takes places and is never seen.
+        Prompts of unequal length may be padded left or right: padding takes up places but is never attended to.
 
         Args:
           input_ids: whole numbers `[b, t]`, the tokens after those in the cache.
           cache: from `make_cache`, or an earlier call.
           attention_mask: `[b, t]`, 0 at padding among the new tokens.
-          position_ids: whole numbers `[b, t]` or `[1, t]`; None goes on counting.
+          position_ids: whole numbers `[b, t]` or `[1, t]`; None continues to count.
 
         Raises:
           ValueError: shapes differ, a known id is outside the vocabulary, or the cache is known to be too short. Inside
@@ -158,7 +158,7 @@ class DecoderModel(HuggingFaceModel):
     def _run(
         self, x: jax.Array, shared: dict[str, Shared], cached: Sequence[KeyValue] | None
     ) -> tuple[jax.Array, list[KeyValue]]:
-        """All layers. A cache is for generating, without a backward pass to save memory for."""
+        """All layers. With a cache there is no backward pass, so nothing is rematerialised."""
 
         def call(layer: DecoderLayer, x: jax.Array, number: int, path: str, entry: KeyValue | None) -> Any:
             own = shared[self.sizes.layer_types[number]]

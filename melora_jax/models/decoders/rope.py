@@ -1,7 +1,7 @@
 """Rotary position embeddings: each pair of a head's features turns by an angle that grows with the position.
 
-A checkpoint's configuration names one of five kinds, which differ in how fast each pair turns once a model is used at
-lengths it was not trained on at first: default, linear, dynamic, llama3 and yarn.
+A checkpoint's configuration names one of five kinds, which differ in how fast each pair turns when a model is used at
+lengths beyond those it was first trained on: default, linear, dynamic, llama3 and yarn.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def rope_from(parameters: Mapping[str, Any], *, size: int, theta: float, limit: 
     Args:
       parameters: `rope_scaling` (transformers 4) or `rope_parameters` (5); empty for the default.
       size: features of a head.
-      theta: the base, where `parameters` has none.
+      theta: the base if `parameters` has none.
       limit: the longest sequence, `max_position_embeddings`.
       where: the file, for errors.
 
@@ -123,7 +123,7 @@ def _linear(rope: Rope) -> np.ndarray:
 
 
 def _llama3(rope: Rope) -> np.ndarray:
-    """Pairs that turn often in the original length keep their speed, rare ones are slowed, others lie between."""
+    """Pairs that turn often in the original length keep their speed, slow ones turn slower, others lie between."""
     fast = _default(rope)
     turns = rope.original_limit * fast / (2 * math.pi)
     kept = np.clip((turns - rope.low) / (rope.high - rope.low), 0.0, 1.0)
@@ -143,7 +143,7 @@ def _yarn(rope: Rope) -> np.ndarray:
 
 
 def _pair_of_turns(rope: Rope, turns: float) -> float:
-    """The number, in general no whole one, of the pair that turns `turns` times in the original length."""
+    """The number (in general a fraction) of the pair that turns `turns` times in the original length."""
     return rope.size * math.log(rope.original_limit / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
 
@@ -185,8 +185,8 @@ def rotations(rope: Rope, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     if platform() != "cpu" or frequencies.size % 2:
         return turned(frequencies)
-    # XLA on CPU fuses cosines into whatever reads them, to be computed anew for each head of each layer; out of a loop
-    # it fuses nothing. Four layers' rotations and products, forward and backward: 21 ms so, 28 without the loop.
+    # XLA on CPU fuses cosines into their users, which recompute them for each head of each layer; it fuses nothing out
+    # of a loop.
     cos, sin = jax.lax.map(turned, frequencies.reshape(2, -1))
     return jnp.concatenate([*cos], axis=-1), jnp.concatenate([*sin], axis=-1)
 

@@ -1,1 +1,1 @@
-"""BERT, RoBERTa, XLM-R and DistilBERT with their heads; imports `nn`, `core` and `models.base`."""
+"""BERT, RoBERTa, XLM-R and DistilBERT with their heads; imports `nn`, `core` and what models share."""

@@ -1,6 +1,6 @@
 """BERT and RoBERTa bodies, module for module as Hugging Face names them.
 
-Inner modules take their path when they are called and hold none, so that equal layers stay equal and can be stacked.
+Inner modules get their path with each call and store none, so that equal layers stay equal and can be stacked.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class BertEmbeddings(nnx.Module):
 def positions(input_ids: jax.Array, position_pad: int | None) -> jax.Array:
     """Rows of the position table, int32 `[1, t]` or `[b, t]`.
 
-    Without `position_pad` 0, 1, 2 ...; with it, RoBERTa's: tokens that are not padding count from `position_pad + 1`
-    and padding has `position_pad`.
+    Without `position_pad`, 0, 1, 2 ... With it, as in RoBERTa, tokens count from `position_pad + 1` and padding has
+    `position_pad`.
 
     >>> positions(jnp.array([[5, 6, 1]]), None).tolist(), positions(jnp.array([[5, 6, 1]]), 1).tolist()
     ([[0, 1, 2]], [[2, 3, 1]])
@@ -69,7 +69,7 @@ class BertSelfAttention(nnx.Module):
 
 
 class BertResidual(nnx.Module):
-    """A dense layer, dropout, the residual, and layer normalisation: the end of both halves of a layer."""
+    """A dense layer, dropout, the residual and layer normalisation, which end both halves of a layer."""
 
     def __init__(self, parts: Parts, d_in: int) -> None:
         self.config = parts.config
@@ -126,7 +126,7 @@ class BertEncoder(nnx.Module):
 
 
 class BertPooler(nnx.Module):
-    """The first token's state through a dense layer and tanh."""
+    """A dense layer and tanh on the first token's state."""
 
     def __init__(self, parts: Parts) -> None:
         self.dense = parts.linear(parts.config.hidden_size, parts.config.hidden_size)
@@ -161,7 +161,7 @@ class BertBody(HuggingFaceModel):
 
         Args:
           input_ids: whole numbers `[b, t]`.
-          attention_mask: `[b, t]`, 0 at padding; None where there is none.
+          attention_mask: `[b, t]`, 0 at padding; None without padding.
           token_type_ids: whole numbers `[b, t]`; None for zeros.
           key: PRNG key that turns dropout on; None leaves an outer `dropout_key` in force.
 
@@ -177,7 +177,7 @@ class BertBody(HuggingFaceModel):
 
 
 class BertModel(BertBody):
-    """BERT or RoBERTa with its pooler, which the last hidden states do not pass through but a head may use."""
+    """BERT or RoBERTa with its pooler, which a head may apply to the last hidden states that the model returns."""
 
     def __init__(self, parts: Parts, *, prefix: str = "") -> None:
         super().__init__(parts, prefix=prefix)

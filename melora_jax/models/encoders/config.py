@@ -59,8 +59,8 @@ _SUPPORTED = (
 class EncoderConfig:
     """The hyperparameters of an encoder, under one set of names for all families.
 
-    `position_pad` is the padding token's id where positions count tokens that are not padding, from
-    `position_pad + 1` (RoBERTa); None where they are 0, 1, 2 ... (BERT).
+    `position_pad` is the padding token's id in RoBERTa, whose positions count the other tokens from
+    `position_pad + 1`; None in BERT, whose positions are 0, 1, 2 ...
     """
 
     vocab_size: int
@@ -149,7 +149,7 @@ def _require_valid(field: dataclasses.Field, found: dict[str, Any], key: str, wh
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """Makes the parts of an encoder: plain Flax layers whose parameters and computation have one dtype.
+    """Makes the parts of an encoder: Flax layers whose parameters and computation share one dtype.
 
     Kernels and embeddings are drawn from N(0, initializer_range²), as in Hugging Face.
     """
@@ -174,7 +174,7 @@ class Parts:
         return nnx.LayerNorm(
             self.config.hidden_size,
             epsilon=self.config.layer_norm_eps,
-            use_fast_variance=False,  # E[x²] - E[x]² loses digits, and is no faster
+            use_fast_variance=False,  # E[x²] - E[x]² loses digits and is not faster
             dtype=self.dtype,
             param_dtype=self.dtype,
             rngs=self.rngs,

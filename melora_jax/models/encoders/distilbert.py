@@ -111,8 +111,8 @@ class DistilBertModel(HuggingFaceModel):
 
         Args:
           input_ids: whole numbers `[b, t]`.
-          attention_mask: `[b, t]`, 0 at padding; None where there is none.
-          token_type_ids: must be None; DistilBERT knows no token types.
+          attention_mask: `[b, t]`, 0 at padding; None without padding.
+          token_type_ids: must be None; DistilBERT has no token types.
           key: PRNG key that turns dropout on; None leaves an outer `dropout_key` in force.
 
         Raises:

@@ -1,4 +1,4 @@
-"""GGUF files: the reader, and a file's config, tensors and tokenizer in Hugging Face's terms.
+"""GGUF files: the reader, and a file's configuration, tensors and tokenizer in Hugging Face's terms.
 
 Imports `validation` alone.
 """

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from melora_jax.models.decoders.config import FULL, SLIDING
-from melora_jax.models.gguf.reader import GGUFFile
+from melora_jax.models.gguf.reader import GGUFFile, gguf_package
 from melora_jax.validation import positive, whole
 
 _NORM_EPS, _KEY, _VALUE = "attention.layer_norm_rms_epsilon", "attention.key_length", "attention.value_length"
@@ -34,7 +34,7 @@ _READ = {
     "rope.scaling.factor",
     "rope.scaling.original_context_length",
 }
-# what changes nothing at these values
+# hyperparameters that change nothing at these values
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "expert_count": (0,),
     "expert_used_count": (0,),
@@ -46,10 +46,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope.scaling.finetuned": (True, False),
     "tensor_data_layout": ("Meta AI original pth",),
 }
-# what ends a turn where a file with a chat template does not say
+# what ends a turn if a file with a chat template does not say
 _TURN_ENDS = ("<end_of_turn>", "<|eot_id|>", "<|im_end|>")
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
-# Hugging Face's names of the modules: outside the layers, and in those of whichever family has them
+# Hugging Face's names of modules: outside the layers, and in the layers of the families that have them
 _TOP = ("model.embed_tokens", "model.norm", "lm_head")
 _LAYER = (
     "input_layernorm",
@@ -60,7 +60,7 @@ _LAYER = (
     *(f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")),
 )
 ROPE_FACTORS = "rope_freqs.weight"
-# Llama 3's settings are in a file as the factors they come to; these and the factor are all that was ever published
+# a file holds the factors that Llama 3's settings give; all published models have these settings, with any factor
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -70,9 +70,9 @@ class Architecture:
 
     Attributes:
       model_type: its Hugging Face name.
-      read: the hyperparameters it has beside those that all have.
-      gemma_period: Gemma's layers of this number and its multiples see all; 0 for the others.
-      wide_layers: that many layers mean the Gemma of 27 billion parameters, which scales scores by another size.
+      read: the hyperparameters that it has in addition to those that all have.
+      gemma_period: every layer of Gemma whose number, from 1, is a multiple of it has full attention; 0 for others.
+      wide_layers: the number of layers of the 27-billion Gemma, which scales its scores by another size.
     """
 
     model_type: str
@@ -104,7 +104,7 @@ def architecture_of(file: GGUFFile) -> Architecture:
     """The architecture of the file's model.
 
     Raises:
-      ValueError: it is none that we have.
+      ValueError: it is not supported.
     """
     name = file.fields.get("general.architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:
@@ -116,7 +116,7 @@ def architecture_of(file: GGUFFile) -> Architecture:
 
 
 def modules_of(architecture: str) -> dict[str, str]:
-    """The Hugging Face name of each module, by the name that its tensors have in a GGUF file; of the first layer alone.
+    """The Hugging Face name of each module outside the layers and in layer 0, by its name in a GGUF file.
 
     Args:
       architecture: `general.architecture`, one of ARCHITECTURES.
@@ -124,8 +124,7 @@ def modules_of(architecture: str) -> dict[str, str]:
     >>> modules_of("llama")["blk.0.attn_q"]
     'model.layers.0.self_attn.q_proj'
     """
-    import gguf
-
+    gguf = gguf_package()
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     known = gguf.get_tensor_name_map(kind, 1)
     found = {name: known.get_name(name) for name in (*_TOP, *(f"model.layers.0.{module}" for module in _LAYER))}
@@ -136,12 +135,12 @@ def modules_of(architecture: str) -> dict[str, str]:
 def config_from_gguf(file: GGUFFile, rope_factors: np.ndarray | None) -> dict[str, Any]:
     """The content of the config.json that the model in a GGUF file would have.
 
-    What the format leaves out is as in llama.cpp: Gemma's pattern of local layers and their RoPE base, and the size
-    that its scores are scaled by. A Mistral is a llama to the format, without its window if the file has none.
+    What the format leaves out is filled in as in llama.cpp: Gemma's pattern of local layers, their RoPE base, and the
+    size that its scores are scaled by. The format calls a Mistral a llama; it is read as one if no window is named.
 
     Args:
       file: the file.
-      rope_factors: the tensor ROPE_FACTORS; None where the file has none.
+      rope_factors: the tensor ROPE_FACTORS; None if the file has none.
 
     Raises:
       ValueError: the architecture or a hyperparameter is not supported, one is missing, or they do not fit the tensors.
@@ -159,7 +158,7 @@ def config_from_gguf(file: GGUFFile, rope_factors: np.ndarray | None) -> dict[st
                 f"{prefix}{key} in {where} differs from layer to layer, which is not supported; use another"
             )
     if _EMBEDDING not in file.tensors:
-        raise ValueError(f"{where} lacks the tensor {_EMBEDDING}: it holds a vocabulary or an adapter, and no model")
+        raise ValueError(f"{where} lacks the tensor {_EMBEDDING}: it holds a vocabulary or an adapter, not a model")
     if whole(values, "block_count", where) > len(file.tensors):
         raise ValueError(f"{where} has {values['block_count']} layers in {len(file.tensors)} tensors; fetch it again")
     config = _sizes(values, where) | {"vocab_size": _vocabulary(file, values), **_token_ids(file)}
@@ -179,7 +178,7 @@ def _sizes(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     for key in (_VALUE, "rope.dimension_count"):
         if values.get(key, head_dim) != head_dim:
             raise ValueError(
-                f"{key}={values[key]!r:.99} in {where} is not its heads' size {head_dim}; use another model"
+                f"{key}={values[key]!r:.99} in {where} is not the size of its heads, {head_dim}; use another model"
             )
     return {
         "hidden_size": hidden,
@@ -208,12 +207,12 @@ def _vocabulary(file: GGUFFile, values: Mapping[str, Any]) -> int:
 def _tokens(file: GGUFFile) -> list[Any]:
     tokens = file.fields.get("tokenizer.ggml.tokens", [])
     if not isinstance(tokens, list):
-        raise ValueError(f"tokenizer.ggml.tokens in {file.path} is no list; fetch the file again")
+        raise ValueError(f"tokenizer.ggml.tokens in {file.path} is not a list; fetch the file again")
     return tokens
 
 
 def _token_ids(file: GGUFFile) -> dict[str, Any]:
-    """The ids of special tokens; a token that ends a turn ends a text too, as `eos_token_id` lists in transformers."""
+    """The ids of special tokens; `eos_token_id` lists the token that ends a turn too, as in transformers."""
     found = {key: file.fields.get(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos", "eot", "padding")}
     tokens = _tokens(file)
     if found["eot"] is None and "tokenizer.chat_template" in file.fields:
@@ -221,7 +220,7 @@ def _token_ids(file: GGUFFile) -> dict[str, Any]:
     for key, value in found.items():
         if value is not None and (type(value) is not int or not 0 <= value < max(len(tokens), 1)):
             raise ValueError(
-                f"tokenizer.ggml.{key}_token_id={value!r:.99} in {file.path} is no token; fetch the file again"
+                f"tokenizer.ggml.{key}_token_id={value!r:.99} in {file.path} is not a token; fetch the file again"
             )
     ends = [end for end in dict.fromkeys((found["eos"], found["eot"])) if end is not None]
     ids = {"bos_token_id": found["bos"], "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None)}
@@ -267,7 +266,7 @@ def rope_scaling_of(
     Args:
       values: its hyperparameters, without their architecture's prefix.
       config: `model_type`, `head_dim` and `rope_theta` of that config.json.
-      factors: the tensor ROPE_FACTORS; None where the file has none.
+      factors: the tensor ROPE_FACTORS; None if the file has none.
       where: the file, for errors.
 
     Raises:
@@ -276,7 +275,7 @@ def rope_scaling_of(
     kind = values.get("rope.scaling.type", "none")
     if factors is not None:
         if kind != "none" or config["model_type"] != "llama":
-            raise ValueError(f"{ROPE_FACTORS} in {where} is there beside another RoPE; use another model")
+            raise ValueError(f"{ROPE_FACTORS} in {where} contradicts the RoPE that the file names; use another model")
         return _llama3(factors, config, where)
     if kind == "none":
         return None
@@ -289,7 +288,7 @@ def rope_scaling_of(
 
 
 def _llama3(factors: np.ndarray, config: Mapping[str, Any], where: str) -> dict[str, Any] | None:
-    """The settings of Llama 3's RoPE that come to `factors`, by which each pair of features turns slower."""
+    """The settings of Llama 3's RoPE that give `factors`, by which each pair of features turns more slowly."""
     factor, pair = float(factors.max(initial=1.0)), np.arange(factors.size)
     turns = _LLAMA3["original_max_position_embeddings"] / (2 * math.pi)
     turns = turns * config["rope_theta"] ** -(2 * pair / config["head_dim"])

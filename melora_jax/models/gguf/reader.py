@@ -1,7 +1,8 @@
 """The bytes of a GGUF file: a header in which every length is checked, and tensors dequantised one at a time.
 
-The gguf package tells how tensors are packed and unpacks them. The header is read here, because that package's reader
-believes every count in a file: a lying one keeps it busy until memory ends, and a true one of 100,000 tokens seconds.
+The gguf package knows how tensors are packed and unpacks them. The header is read here, because that package's reader
+trusts every count in a file: a false one makes it allocate until memory runs out, and a vocabulary of 100,000 tokens
+takes it seconds.
 
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -28,7 +29,7 @@ _ALIGNMENT = 32
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Packed:
-    """Where a tensor lies in the file, and how.
+    """Where a tensor lies in the file, and how it is packed.
 
     Attributes:
       shape: its shape, in NumPy's order.
@@ -51,14 +52,14 @@ class GGUFFile:
 
     Attributes:
       path: the file.
-      fields: the values of the header by key: numbers (a float32 as the shortest decimal that stands for it),
-        booleans, strings and lists of them.
+      fields: the values of the header by key: numbers (a float32 as the shortest decimal that rounds to it),
+        booleans, strings and lists of these.
       tensors: where each tensor lies, by the name it has in the file.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is no GGUF file of version 2 or 3, damaged, one part of several, or packed in a way that the gguf
-        package can't unpack; or that package is missing.
+      ValueError: it is not a GGUF file of version 2 or 3, is damaged, is one part of several, or is packed in a way
+        that the gguf package can't unpack; or that package is missing.
 
     >>> import gguf, tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -85,15 +86,20 @@ class GGUFFile:
         self.tensors: dict[str, Packed] = header.tensors(tensors, self.fields.get("general.alignment", _ALIGNMENT))
 
     def read(self, name: str) -> np.ndarray:
-        """Tensor `name`, dequantised to float32; the array is the caller's own."""
+        """Tensor `name`, dequantised to float32, as an array of its own."""
         packed = self.tensors[name]
         rows = (*packed.shape[:-1], packed.row_bytes)
         stored = np.memmap(self.path, np.uint8, "r", packed.start, rows)
-        array = np.asarray(_gguf().dequantize(stored, _ggml_type(packed.type, name, self.path)))
+        array = np.asarray(gguf_package().dequantize(stored, _ggml_type(packed.type, name, self.path)))
         return array.copy() if np.may_share_memory(array, stored) else array
 
 
-def _gguf() -> ModuleType:
+def gguf_package() -> ModuleType:
+    """The optional gguf package.
+
+    Raises:
+      ValueError: it is not installed.
+    """
     try:
         import gguf
     except ImportError as error:
@@ -102,8 +108,8 @@ def _gguf() -> ModuleType:
 
 
 def _ggml_type(number: int, tensor: str, path: Path) -> Any:
-    """The gguf package's name of a ggml type, one that it can unpack."""
-    gguf = _gguf()
+    """A ggml type as the gguf package names it; raises ValueError unless the package can unpack it."""
+    gguf = gguf_package()
     try:
         kind = gguf.GGMLQuantizationType(number)
     except ValueError as error:
@@ -134,7 +140,7 @@ def _require_whole(fields: dict[str, Any], path: Path) -> None:
 
 
 class _Header:
-    """Reads a header from its first byte to its last; nothing is believed that the file is too short for."""
+    """Reads a header from its first byte to its last; a length beyond the end of the file is refused."""
 
     def __init__(self, data: memoryview, path: Path) -> None:
         self._data, self._path, self._offset = data, path, 0
@@ -158,18 +164,18 @@ class _Header:
         for _ in range(count):
             key = self._text()
             if key in found:
-                raise self._damaged(f"the key {key[:99]!r} is there twice")
+                raise self._damaged(f"the key {key[:99]!r} appears twice")
             found[key] = self._value(self.number("I"))
         return found
 
     def tensors(self, count: int, alignment: object) -> dict[str, Packed]:
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise self._damaged(f"general.alignment={alignment!r} is no power of two")
+            raise self._damaged(f"general.alignment={alignment!r} is not a power of two")
         found: dict[str, tuple[tuple[int, ...], int, int]] = {}
         for _ in range(count):
             name = self._text()
             if name in found:
-                raise self._damaged(f"tensor {name[:99]!r} is there twice")
+                raise self._damaged(f"tensor {name[:99]!r} appears twice")
             dimensions = self.number("I")
             if not 1 <= dimensions <= _MOST_DIMENSIONS:
                 raise self._damaged(f"tensor {name[:99]!r} has {dimensions} dimensions")
@@ -183,12 +189,12 @@ class _Header:
         }
 
     def _packed(self, name: str, shape: tuple[int, ...], kind: Any, start: int) -> Packed:
-        block, size = _gguf().GGML_QUANT_SIZES[kind]
+        block, size = gguf_package().GGML_QUANT_SIZES[kind]
         if 0 in shape or shape[-1] % block:
             raise self._damaged(f"tensor {name[:99]!r} of shape {list(shape)} can't be packed as {kind.name}")
         row_bytes = shape[-1] // block * size
         if start + math.prod(shape[:-1]) * row_bytes > len(self._data):
-            raise self._damaged(f"tensor {name[:99]!r} of shape {list(shape)} ends behind the file's last byte")
+            raise self._damaged(f"tensor {name[:99]!r} of shape {list(shape)} ends after the last byte of the file")
         return Packed(shape=shape, type=int(kind), start=start, row_bytes=row_bytes)
 
     def _value(self, kind: int) -> Any:
@@ -210,7 +216,7 @@ class _Header:
         return list(struct.unpack(f"<{count}{_SCALARS[kind]}", self._take(count * size)))
 
     def _text(self) -> str:
-        # twice as fast as by number(), and a vocabulary has some 100,000 of them
+        # not by number(): a vocabulary has some 100,000 texts
         size = self._offset + _LENGTH.size
         if size > len(self._data):
             raise self._damaged("it ends there")
@@ -223,7 +229,7 @@ class _Header:
 
     def _take(self, size: int) -> memoryview:
         if size > len(self._data) - self._offset:
-            raise self._damaged(f"{size} bytes are announced, {len(self._data) - self._offset} are left")
+            raise self._damaged(f"{size} bytes are declared, {len(self._data) - self._offset} are left")
         taken = self._data[self._offset : self._offset + size]
         self._offset += size
         return taken

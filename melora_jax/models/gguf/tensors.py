@@ -1,4 +1,4 @@
-"""GGUF files as checkpoints: their tensors under the names, and in the layout, that Hugging Face gives them."""
+"""GGUF files as checkpoints: their tensors by Hugging Face's names and in its layout."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from melora_jax.models.gguf.reader import GGUFFile
 class GGUFTensors:
     """The tensors of a GGUF file, read one at a time as `TensorFile` reads those of safetensors.
 
-    They are dequantised to float32. llama.cpp's changes are undone: the rows of a Llama's queries and keys are put
-    back in order, and Gemma's norms lose the 1 that was added to them.
+    They are dequantised to float32, and llama.cpp's changes are undone: the rows of a Llama's queries and keys are put
+    back in order, and the 1 that was added to Gemma's norms is subtracted.
 
     Args:
       path: the file.
@@ -84,11 +84,11 @@ class GGUFTensors:
 
 
 def unpermuted(array: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of queries or keys in Hugging Face's order, from llama.cpp's, which has the two of a turning pair adjoin.
+    """Rows of queries or keys in Hugging Face's order; llama.cpp puts the two rows that RoPE turns next to each other.
 
     Args:
       array: a weight `[heads · d, d_in]` or bias `[heads · d]`.
-      heads: how many heads the rows make up.
+      heads: number of heads.
 
     Raises:
       ValueError: `heads` does not divide the rows into pairs.

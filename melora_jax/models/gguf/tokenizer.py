@@ -1,7 +1,7 @@
 """The tokenizer inside a GGUF file, as transformers has it: first its vocabulary, checked, then what is built from it.
 
 A GGUF file holds the vocabulary, and of the way text is cut before the merges only a name, `tokenizer.ggml.pre`. The
-cut decides which merges can happen (SmolLM's puts every digit by itself), so an unknown name is refused, not guessed.
+cut decides which merges can happen (SmolLM's separates all digits), so an unknown name is refused, not guessed.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from melora_jax.models.gguf.reader import GGUFFile
 MODELS = ("gpt2", "llama")
 LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
 PRE_TOKENIZERS = ("gpt-2", "smollm", *LLAMA3, "qwen2")
-# every way to cut a token in two is looked at, so a token of megabytes would take hours
+# every way to split a token in two is tried, so a token of megabytes would take hours
 _LONGEST = 1024
 _SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
 class Token(enum.IntEnum):
-    """The types of token that are not simply merged, by their numbers in `tokenizer.ggml.token_type`."""
+    """The types of tokens that merges do not make, by their numbers in `tokenizer.ggml.token_type`."""
 
     UNKNOWN = 2
     CONTROL = 3
@@ -33,20 +33,20 @@ class Token(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-    """What a GGUF file tells of its tokenizer, checked.
+    """What a GGUF file says of its tokenizer, checked.
 
     Attributes:
       where: the file, for errors.
       model: `tokenizer.ggml.model`, one of MODELS.
-      pre: `tokenizer.ggml.pre`, of gpt2 one of PRE_TOKENIZERS.
+      pre: `tokenizer.ggml.pre`; one of PRE_TOKENIZERS for gpt2.
       tokens: the text of each token.
       types: the `Token` type of each.
-      scores: the score of each, of a llama; empty for gpt2.
-      merges: pairs of tokens that make a token, the first merged first, of a gpt2; empty for llama.
+      scores: the score of each for llama; empty for gpt2.
+      merges: pairs of tokens that make a token for gpt2, in the order of their priority; empty for llama.
       special: transformers' names of special tokens, and their texts.
-      adds: whether a text gets the beginning's token and the end's.
-      adds_space: whether a text gets a space before its first word (llama).
-      max_length: the model's context length; None where it is not said.
+      adds: whether the beginning-of-text and the end-of-text token are added.
+      adds_space: whether a space is added before the first word (llama).
+      max_length: the model's context length; None if the file does not say.
       chat_template: the Jinja template of a conversation, or several by name.
     """
 
@@ -91,7 +91,8 @@ def vocabulary_from_gguf(file: GGUFFile) -> Vocabulary:
     tokens = _list(known, "tokens", str, where)
     if len(set(tokens)) != len(tokens) or not all(0 < len(token) <= _LONGEST for token in tokens):
         raise ValueError(
-            f"tokenizer.ggml.tokens in {where} has one twice, or one of not 1 to {_LONGEST} characters; fetch it again"
+            f"tokenizer.ggml.tokens in {where} has a token twice, or one without 1 to {_LONGEST} characters; fetch it"
+            " again"
         )
     defaults = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0} if model == "llama" else {}
     adds_bos = known.get("add_bos_token", model == "llama" or pre in LLAMA3)
@@ -114,7 +115,7 @@ def vocabulary_from_gguf(file: GGUFFile) -> Vocabulary:
 def _list(known: Mapping[str, Any], key: str, kind: type, where: str, length: int | None = None) -> list[Any]:
     values = known.get(key)
     if not isinstance(values, list) or not values or not all(type(value) is kind for value in values):
-        raise ValueError(f"tokenizer.ggml.{key} in {where} is no list of {kind.__name__}; fetch the file again")
+        raise ValueError(f"tokenizer.ggml.{key} in {where} is not a list of {kind.__name__}; fetch the file again")
     if length not in (None, len(values)):
         raise ValueError(
             f"tokenizer.ggml.{key} in {where} has {len(values)} entries for {length} tokens; fetch it again"
@@ -127,7 +128,10 @@ def _merges(known: Mapping[str, Any], tokens: set[str], where: str) -> list[tupl
     for merge in _list(known, "merges", str, where):
         left, _, right = merge.partition(" ")
         if not {left, right, left + right} <= tokens:
-            raise ValueError(f"tokenizer.ggml.merges in {where}: {merge!r:.99} is not of tokens; fetch the file again")
+            raise ValueError(
+                f"tokenizer.ggml.merges in {where}: {merge!r:.99} does not join two tokens to a token; fetch the"
+                " file again"
+            )
         merges.append((left, right))
     return merges
 
@@ -139,7 +143,7 @@ def _special(known: Mapping[str, Any], tokens: list[str], where: str) -> dict[st
         if index is not None:
             if type(index) is not int or not 0 <= index < len(tokens):
                 raise ValueError(
-                    f"tokenizer.ggml.{key}_token_id={index!r:.99} in {where} is none of its {len(tokens)} tokens;"
+                    f"tokenizer.ggml.{key}_token_id={index!r:.99} in {where} is not one of its {len(tokens)} tokens;"
                     " fetch the file again"
                 )
             named[name] = tokens[index]
@@ -151,7 +155,7 @@ def _chat_template(fields: Mapping[str, Any], where: str) -> str | dict[str, str
     named = {key.removeprefix(prefix): text for key, text in fields.items() if key.startswith(prefix)}
     for text in (default, *named.values()):
         if not isinstance(text, str | None):
-            raise ValueError(f"tokenizer.chat_template in {where} is no text; fetch the file again")
+            raise ValueError(f"tokenizer.chat_template in {where} is not text; fetch the file again")
     return named | ({} if default is None else {"default": default}) if named else default
 
 
@@ -168,12 +172,17 @@ def tokenizer_from_gguf(path: str | Path) -> PreTrainedTokenizerFast:
 
     Args:
       path: the file, of a byte-level BPE (`tokenizer.ggml.model` gpt2) cut as GPT-2, SmolLM, Llama 3 or Qwen2 cut, or
-        of a SentencePiece BPE (llama), as Llama 2, Mistral and Gemma have.
+        of a SentencePiece BPE (llama), as in Llama 2, Mistral and Gemma.
+
+    Returns:
+      A transformers tokenizer, with the chat template if the file has one.
 
     Raises:
       FileNotFoundError: there is no such file.
       ValueError: the file is damaged, has no tokenizer or contradictory lists, or the tokenizer is of another kind;
         or transformers or the gguf package is missing.
+
+    Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
     >>> tokenizer_from_gguf("model.gguf")
     Traceback (most recent call last):
@@ -211,7 +220,7 @@ def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
 
 
 def _sentencepiece(vocabulary: Vocabulary) -> Tokenizer:
-    """SentencePiece's BPE: of all pairs that make a token, the one of the highest score is merged first."""
+    """SentencePiece's BPE: the pair whose token has the highest score is merged first."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     unknown = vocabulary.special.get("unk_token")
@@ -246,7 +255,7 @@ def _scored_merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
 
 
 def _add_tokens(backend: Tokenizer, vocabulary: Vocabulary) -> None:
-    """Control tokens and the user's are found in a text before all else; the control tokens count as special."""
+    """Control and user-defined tokens are matched before the text is cut; control tokens count as special."""
     from tokenizers import AddedToken
 
     special = set(vocabulary.special.values())
@@ -265,7 +274,7 @@ def _add_template(backend: Tokenizer, vocabulary: Vocabulary) -> None:
     ends = []
     for adds, name in zip(vocabulary.adds, ("bos_token", "eos_token"), strict=True):
         if adds and name not in vocabulary.special:
-            raise ValueError(f"the tokenizer in {vocabulary.where} adds a {name} and has none; fetch the file again")
+            raise ValueError(f"the tokenizer in {vocabulary.where} adds a {name} but has none; fetch the file again")
         ends.append([vocabulary.special[name]] if adds else [])
     first, last = ends
     backend.post_processor = TemplateProcessing(
@@ -288,7 +297,7 @@ def _smollm_cut() -> PreTokenizer:
 
 
 def _cut_by_tens(digits: str) -> PreTokenizer:
-    """Llama 3's cut and Qwen2's, which differ in how many digits stay together."""
+    """The cut of Llama 3 and Qwen2, which differ in how many digits stay together."""
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 

@@ -1,1 +1,1 @@
-"""Hugging Face checkpoints: names, loading into shards and saving; imports the model families and `gguf`."""
+"""Hugging Face checkpoints: families, names, opening, loading onto a mesh and saving; imports the models and `gguf`."""

@@ -1,4 +1,4 @@
-"""The model families that we read: their modules, their heads, and the names that their tensors have had."""
+"""The supported model families: their modules, heads and tasks, and which tensors of a checkpoint they use."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Family:
     Attributes:
       model_type: `model_type` in config.json.
       prefix: the attribute that holds the body in a model with a head.
-      architecture: how class names in `architectures` begin.
+      architecture: the beginning of class names in `architectures`.
       body: the body's own top modules.
       head: the modules of a sequence classification head.
-      pools: the body of a classifier has a pooler.
+      pools: whether the body of a classifier has a pooler.
       tasks: what a model of this family can be loaded for.
-      body_architecture: how the class names of body and classifier begin, where they differ from `architecture`.
+      body_architecture: the beginning of the class names of body and classifier, if another than `architecture`.
     """
 
     model_type: str
@@ -151,7 +151,7 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     """The family that config.json's `model_type` names.
 
     Raises:
-      ValueError: there is none, or it is one we do not have.
+      ValueError: there is none, or it is not supported.
     """
     model_type = config.get("model_type")
     if model_type == "gemma3":

@@ -1,4 +1,4 @@
-"""How a tensor is called, and how it lies, in torch and in Flax."""
+"""Tensors in torch and in Flax: their names and their layouts."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def flax_part(path: str, read: Callable[[tuple[slice, ...]], np.ndarray], index:
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first three names and how many follow, for errors.
+    """The first three names and how many more there are, for errors.
 
     >>> listed(["a", "b", "c", "d", "e"])
     'a, b, c and 2 more'

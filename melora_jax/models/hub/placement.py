@@ -1,4 +1,4 @@
-"""A model's variables on a mesh: where each belongs, and the dense layers told how they may be cut."""
+"""Where each variable of a model belongs on a mesh, and how its dense layers may be cut."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ M = TypeVar("M", bound=HuggingFaceModel)
 
 
 def lay_out(model: HuggingFaceModel, layout: Layout) -> None:
-    """Gives a fresh model its layout, and tells each dense layer and table how it may be cut."""
+    """Gives a new model its layout, and each dense layer and table the ways in which it may be cut."""
     model.layout = layout
     for path, module in nnx.iter_graph(model):
         if isinstance(module, ParallelLinear):

@@ -1,6 +1,6 @@
 """Saving one of our models as a Hugging Face checkpoint that transformers loads.
 
-It gets as many files as the checkpoint that the model came from, each with the tensors that were in it.
+Its tensors are spread over files as in the checkpoint that the model came from.
 """
 
 from __future__ import annotations
@@ -51,22 +51,25 @@ def save_pretrained(
 ) -> None:
     """Writes a model as a Hugging Face checkpoint, with its tokenizer's files where they are known.
 
-    Each tensor goes into the file that held it in the checkpoint that the model came from, in the narrower of the dtype
-    it had there and its own, with an index where there was one; new tensors go into the last file. Memory is needed for
-    one file at a time. The folder appears whole or not at all; transformers' auto classes load it.
+    Each tensor goes into the file that held it in the checkpoint that the model came from, in the narrower of its own
+    dtype and the one it has there; new tensors go into the last file, and several files get an index. Memory is needed
+    for one file at a time. The folder appears whole or not at all; transformers' auto classes load it.
 
     Args:
       model: a model from `from_pretrained`, with plain Flax layers (`merge` makes it so).
       folder: the folder to write.
       tokenizer_from: folder or hub id whose tokenizer files are copied, or GGUF file whose tokenizer is built and
         saved; None takes the checkpoint that the model was loaded from.
-      dtype: "float32", "bfloat16" or "float16" for all tensors; None as said above.
+      dtype: "float32", "bfloat16" or "float16" for all tensors; None chooses for each as above. A dense kernel
+        `[d_in, d_out]` is stored as `[d_out, d_in]`.
 
     Raises:
       ValueError: the model has variables with no place in the Hugging Face layout (adapters), lacks some, or has
         changed shapes; or `tokenizer_from` has no tokenizer, or a GGUF file one that is not supported; or `folder`
         cannot be replaced; or the dtype is unknown, or too narrow for a value.
       OSError: the disk is full or cannot be written.
+
+    Source: Hugging Face transformers, whose names and layouts it writes.
 
     >>> import tempfile
     >>> from melora_jax.models import model_from_config
@@ -101,7 +104,7 @@ def _require_layout(model: Model, variables: Mapping[str, nnx.Variable]) -> Chec
     """The checkpoint that the model came from, after checking that the variables are those of its configuration."""
     if not isinstance(model, HuggingFaceModel):
         raise ValueError(
-            f"{type(model).__name__} did not come from from_pretrained, so has no Hugging Face names; load it so"
+            f"{type(model).__name__} did not come from from_pretrained, so it has no Hugging Face names; load it so"
         )
     origin = origin_of(model)
     plain = abstract_model(origin, task=model.task, num_labels=model.num_labels, dtype=model.dtype)
@@ -127,7 +130,7 @@ def _require_layout(model: Model, variables: Mapping[str, nnx.Variable]) -> Chec
 
 
 def _tokenizer_writer(origin: Checkpoint, tokenizer_from: str | Path | None) -> Callable[[Path], object]:
-    """What writes the tokenizer's files into a folder; that there are some is known before anything is written."""
+    """What writes the tokenizer's files into a folder; raises ValueError, before any is written, if there are none."""
     source = origin.source if tokenizer_from is None else checkpoint_source(tokenizer_from)
     if source is None or not source.exists():
         if source is not None:
@@ -185,7 +188,7 @@ def layout_of(origin: Checkpoint, task: str, dtypes: Mapping[str, np.dtype], dty
 
 
 def _held(origin: Checkpoint, task: str, dtypes: Mapping[str, np.dtype]) -> dict[str, tuple[str, np.dtype]]:
-    """The file and dtype of each variable in the checkpoint on disk, as far as it is there."""
+    """The file and dtype of each variable in the checkpoint on disk; nothing if it is gone."""
     if not origin.has_safetensors:
         return {}
     paths = {torch_name(path): path for path in dtypes}
@@ -223,10 +226,10 @@ def write_shards(layout: ShardLayout, variables: Mapping[str, nnx.Variable], fol
 
 
 def _as(path: str, variable: nnx.Variable, dtype: np.dtype) -> np.ndarray:
-    # a copy, since an array keeps the host's copy of itself as long as it lives
+    # a copy, because an array keeps its copy on the host for as long as it lives
     value = np.asarray(jnp.array(variable.get_value(), dtype=dtype, copy=True))
     if dtype == np.float16 and not np.isfinite(value).all() and bool(jnp.isfinite(variable.get_value()).all()):
         raise ValueError(
-            f'{path} has values beyond those of float16, which the checkpoint has; save with dtype="float32"'
+            f'{path} has values too large for float16, the dtype of the checkpoint; save with dtype="float32"'
         )
     return value

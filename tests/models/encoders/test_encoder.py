@@ -280,7 +280,7 @@ def test_unsupported_or_impossible_configurations_are_refused_by_name(message):
         ("task 'ner' is unknown; choose from sequence-classification, regression, encoder", {"task": "ner"}),
         ("regression has one output, not num_labels=3", {"task": "regression", "num_labels": 3}),
         ("an encoder has no labels", {"task": "encoder", "num_labels": 3}),
-        ("num_labels=0 makes no sense", {"num_labels": 0}),
+        ("num_labels=0 must be at least 1", {"num_labels": 0}),
         ("num_labels=3 but 2 label_names", {"num_labels": 3, "label_names": ["a", "b"]}),
         ("label_names ['a', 'a'] must be distinct", {"label_names": ["a", "a"]}),
     ],

@@ -54,32 +54,32 @@ def tensor(shape: tuple[int, ...] = (2,), kind: int = 0, offset: int = 0, name: 
 HOSTILE = {
     "nothing": (b"", "is empty"),
     "10 MB of junk": (b"\xa5" * 10_000_000, "is not a GGUF file"),
-    "10 MB of junk behind the magic": (b"GGUF\3\0\0\0" + b"\xa5" * 10_000_000, "are announced, .* are left"),
+    "10 MB of junk behind the magic": (b"GGUF\3\0\0\0" + b"\xa5" * 10_000_000, "are declared, .* are left"),
     "version 1": (header(version=1), "of version 1, only 2 and 3 are read"),
     "big-endian": (header(version=3 << 24), "of a big-endian machine"),
     "more fields than bytes": (header(fields=2**63), "it ends there"),
     "more tensors than bytes": (header(tensors=2**63), "it ends there"),
-    "a long key": (header(fields=1, body=struct.pack("<Q", 2**62)), "are announced, 0 are left"),
+    "a long key": (header(fields=1, body=struct.pack("<Q", 2**62)), "are declared, 0 are left"),
     "no text": (header(fields=1, body=struct.pack("<Q", 1) + b"\xff"), "text is not UTF-8"),
     "a type GGUF lacks": (header(fields=1, body=string("k") + struct.pack("<I", 99)), "a value is of type 99"),
     "a long list": (
         header(fields=1, body=string("k") + struct.pack("<IIQ", 9, 4, 2**62)),
-        "18446744073709551616 bytes are announced, 0 are left",
+        "18446744073709551616 bytes are declared, 0 are left",
     ),
     "a long list of texts": (header(fields=1, body=string("k") + struct.pack("<IIQ", 9, 8, 2**62)), "it ends there"),
     "a list of lists": (
         header(fields=1, body=string("k") + struct.pack("<IIQ", 9, 9, 1)),
         "a list holds values of type 9",
     ),
-    "a key twice": (header(fields=2, body=2 * (string("k") + struct.pack("<II", 4, 1))), "the key 'k' is there twice"),
-    "a tensor twice": (header(tensors=2, body=2 * tensor() + bytes(64)), "tensor 't' is there twice"),
+    "a key twice": (header(fields=2, body=2 * (string("k") + struct.pack("<II", 4, 1))), "the key 'k' appears twice"),
+    "a tensor twice": (header(tensors=2, body=2 * tensor() + bytes(64)), "tensor 't' appears twice"),
     "an alignment of 3": (
         header(fields=1, body=string("general.alignment") + struct.pack("<II", 4, 3)),
-        "general.alignment=3 is no power of two",
+        "general.alignment=3 is not a power of two",
     ),
     "no dimensions": (header(tensors=1, body=tensor(())), "tensor 't' has 0 dimensions"),
     "a thousand dimensions": (header(tensors=1, body=string("t") + struct.pack("<I", 1000)), "has 1000 dimensions"),
-    "a huge shape": (header(tensors=1, body=tensor((2**62, 2**62))), "ends behind the file's last byte"),
+    "a huge shape": (header(tensors=1, body=tensor((2**62, 2**62))), "ends after the last byte of the file"),
     "an empty shape": (header(tensors=1, body=tensor((0, 2))), "can't be packed as F32"),
     "half a block": (
         header(tensors=1, body=tensor((33,), kind=8) + bytes(99)),
@@ -87,7 +87,7 @@ HOSTILE = {
     ),
     "an offset behind the end": (
         header(tensors=1, body=tensor(offset=2**62) + bytes(64)),
-        "ends behind the file's last",
+        "ends after the last byte",
     ),
     "an unknown packing": (header(tensors=1, body=tensor(kind=250)), "is of ggml type 250, which the gguf package"),
     "a packing of no floats": (

@@ -21,12 +21,12 @@ from tests.support.gguf_vocabularies import byte_level, sentencepiece, write_tok
         ({"pre": "default"}, "tokenizer.ggml.pre='default' in .* is not supported"),
         ({"pre": None}, "tokenizer.ggml.pre=None in .* is not supported"),
         ({"pre": ["smollm"]}, r"tokenizer.ggml.pre=\['smollm'\] in .* is not supported"),
-        ({"tokens": None}, "tokenizer.ggml.tokens in .* is no list of str"),
+        ({"tokens": None}, "tokenizer.ggml.tokens in .* is not a list of str"),
         ({"token_type": [1, 1]}, r"tokenizer.ggml.token_type in .* has 2 entries for \d+ tokens"),
-        ({"merges": None}, "tokenizer.ggml.merges in .* is no list of str"),
-        ({"merges": ["a b", "Ž Ž"]}, "tokenizer.ggml.merges in .*: 'a b' is not of tokens"),
-        ({"merges": ["ab"]}, "tokenizer.ggml.merges in .*: 'ab' is not of tokens"),
-        ({"bos_token_id": 9999}, r"tokenizer.ggml.bos_token_id=9999 in .* is none of its \d+ tokens"),
+        ({"merges": None}, "tokenizer.ggml.merges in .* is not a list of str"),
+        ({"merges": ["a b", "Ž Ž"]}, "tokenizer.ggml.merges in .*: 'a b' does not join two tokens"),
+        ({"merges": ["ab"]}, "tokenizer.ggml.merges in .*: 'ab' does not join two tokens"),
+        ({"bos_token_id": 9999}, r"tokenizer.ggml.bos_token_id=9999 in .* is not one of its \d+ tokens"),
         ({"bos_token_id": None, "add_bos_token": True}, "adds a bos_token and has none"),
     ],
 )
@@ -41,7 +41,7 @@ def test_other_or_contradictory_tokenizers_are_refused(changes: dict[str, Any], 
 def test_impossible_tokens_are_refused(token: str, tmp_path: Path) -> None:
     fields = sentencepiece(True)
     tokens = [*fields["tokens"][:-1], token]
-    with pytest.raises(ValueError, match="has one twice, or one of not 1 to 1024 characters"):
+    with pytest.raises(ValueError, match="has a token twice, or one without 1 to 1024 characters"):
         tokenizer_from_gguf(write_tokenizer(tmp_path / "v.gguf", fields | {"tokens": tokens}))
 
 

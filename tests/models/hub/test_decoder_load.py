@@ -205,7 +205,7 @@ BAD_CONFIGS = {
         "qwen2",
         {"layer_types": ["full_attention"]},
     ),
-    "layer_types in config.json mix full and sliding attention, which mistral has not": (
+    "layer_types in config.json mix full and sliding attention, which mistral does not have": (
         "mistral",
         {"layer_types": ["full_attention", "sliding_attention"]},
     ),
