@@ -62,7 +62,7 @@ class Options:
     """Such as n=1,4,8,16,32 r=1,8: every combination, against the frozen limit. tokens, width and depth vary the batch
     and the size of a model of random weights."""
     compile_depths: tuple[int, ...] = ()
-    """Time no step, but compile one of a Llama-2-7B of so many layers, from shapes alone."""
+    """Instead of timing steps, compile one of a Llama-2-7B with these numbers of layers, from shapes."""
     out: Path | None = None
     """Write the result into this .json file, and its figure beside it."""
     title: str = "Training step"

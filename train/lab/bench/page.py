@@ -81,7 +81,7 @@ def tables(run: Run) -> list[tuple[str, tuple[str, ...], list[list[str]]]]:
         picked = [[cells[place] for place in used] for cells in rows]
         found.append((heading(record), tuple(headers[place] for place in used), picked))
     if run.compiles:
-        title = "Training step of a Llama-2-7B of so many layers, bfloat16, remat full, compiled from shapes"
+        title = "Training step of a Llama-2-7B by number of layers, bfloat16, remat full, compiled from shapes"
         found.append((title, COMPILE_HEADERS, [compile_cells(row) for row in run.compiles]))
     return found
 
