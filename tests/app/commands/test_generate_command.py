@@ -6,7 +6,6 @@ import io
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -16,10 +15,8 @@ from hypothesis import strategies as st
 import melora_jax as mj
 from melora_jax.generation import generate as generation
 from melora_jax.generation import stream
-from melora_jax.models.decoders.heads import CausalLM
-from melora_jax.nn.tree import variables_of
-from tests.library.generation.test_generation import lively
 from tests.support.chat import CHATML, byte_tokenizer, space_tokenizer
+from tests.support.talkers import BYTES, lively, talker
 from tests.support.tiny import stirred
 from train.__main__ import main
 from train.chat.speaker import Answers, Manner, Speaker, Speed, find_template
@@ -27,20 +24,7 @@ from train.chat.text_stream import TextStream
 from train.data.conversations import Conversation, Turn
 from train.data.templates import AlpacaTemplate
 
-BYTES = byte_tokenizer(CHATML)
 CHAT = "<|im_start|>user\nab a<|im_end|>\n<|im_start|>assistant\n"
-
-
-def talker() -> CausalLM:
-    """A random Llama of one layer that writes ASCII alone: the logits of other tokens are 0."""
-    model = lively(changes={"vocab_size": len(BYTES), "num_hidden_layers": 1})
-    embedding = variables_of(model)["model/embed_tokens/embedding"]
-    texts = map(BYTES.decode, range(len(BYTES)))
-    others = [
-        number for number, text in enumerate(texts) if number > 255 or not (text.isascii() and text.isprintable())
-    ]
-    embedding.set_value(embedding.get_value().at[jnp.array(others)].set(0.0))
-    return model
 
 
 def streamed(tokenizer, ids, stops=()) -> tuple[list[str], TextStream]:

@@ -14,43 +14,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tests.support.plan_main import DECODER, ENCODER, SMALL, run_config
 from train.__main__ import main
-from train.config.run_config import RunConfig
-from train.config.schema import AdapterConfig, DataConfig, ModelConfig, OutputConfig, TrainConfig
+from train.config.schema import AdapterConfig
 from train.lab.memory.devices import GIB, devices_from_name, rows_a_device
 from train.lab.memory.liveness import peak_bytes
 from train.lab.memory.planning import abstract_mesh, plan_run
 
 ROOT = Path(__file__).resolve().parents[3]
-ENCODER = {
-    "model_type": "bert",
-    "vocab_size": 701,
-    "hidden_size": 192,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 512,
-    "max_position_embeddings": 64,
-}
-DECODER = ENCODER | {"model_type": "llama", "num_key_value_heads": 2}
-
-
-def run_config(
-    folder, config: dict, dtype="float32", remat="none", batch=2, length=32, quantize=None, whole=False, **train
-) -> RunConfig:
-    (folder / "config.json").write_text(json.dumps(config))
-    decoder = config["model_type"] == "llama"
-    targets, saved = (("q_proj", "v_proj"), ()) if decoder else (("query", "value"), ("classifier",))
-    if whole:
-        targets, saved = (), ("model", "lm_head") if decoder else ("bert", "classifier")
-    task = "causal-lm" if decoder else "classification"
-    return RunConfig(
-        ModelConfig(str(folder), task=task, dtype=dtype, remat=remat, quantize=quantize),
-        AdapterConfig(n=8, targets=targets, modules_to_save=saved, dropout=0.05),
-        DataConfig(train="t.jsonl", validation="v.jsonl", max_length=length),
-        train=TrainConfig(batch_size=batch, **train),
-        output=OutputConfig("runs/planned"),
-    )
-
 
 # XLA on CPU takes away the barriers that keep remat and dequantising from being undone, removes what is then common to
 # the forward and the backward pass, and starts operations early to run them at once. Compilers of accelerators do
@@ -58,24 +29,14 @@ def run_config(
 AS_ELSEWHERE = (
     "--xla_disable_hlo_passes=cse,cse_barrier_expander --xla_cpu_enable_concurrency_optimized_scheduler=false"
 )
-SMALL = {
-    "encoder": {"config": ENCODER, "batch": 8},
-    "decoder": {"config": DECODER},
-    "decoder with remat": {"config": DECODER, "remat": "full"},
-    "bfloat16 decoder": {"config": DECODER, "dtype": "bfloat16"},
-    "quantised decoder": {"config": DECODER, "quantize": "nf4"},
-    "decoder, full fine-tuning": {"config": DECODER, "whole": True},
-    "encoder, full fine-tuning": {"config": ENCODER, "whole": True},
-}
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     """Planned and compiled bytes of each small run: all, and what is no argument; from a process with XLA's flags."""
     folder = tmp_path_factory.mktemp("small")
-    paths = str(ROOT)
-    environment = os.environ | {"PYTHONPATH": paths, "XLA_FLAGS": AS_ELSEWHERE, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-W", "error", ROOT / "tests" / "app" / "commands" / "plan_main.py", folder]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": AS_ELSEWHERE, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-W", "error", "-m", "tests.support.plan_main", folder]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)

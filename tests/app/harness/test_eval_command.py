@@ -13,13 +13,12 @@ from flax import nnx
 from rich.console import Console
 
 import melora_jax as mj
-from tests.app.commands.test_generate_command import talker
-from tests.support.chat import CHATML, byte_tokenizer
+from tests.support.chat import byte_tokenizer
+from tests.support.talkers import BYTES, talker
 from tests.support.tiny import stirred
 from train.__main__ import main
 from train.harness.progress import Progress
 
-BYTES = byte_tokenizer(CHATML)
 SENTENCES = ["ab", "b a", "aab b", "b", "a", "bb ab"]
 YAML = """
 task: own_task

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 
 import melora_jax as mj
-from tests.library.generation.test_generation import lively
 from tests.support.chat import CHATML, byte_tokenizer, space_tokenizer
 from tests.support.simulated import environment
+from tests.support.talkers import BYTES, lively
 from tests.support.tiny import stirred
 from train.harness.batches import Pair, common_length, make_batches, rounded_up
 from train.harness.model import JaxLM, manner_of
@@ -27,7 +27,6 @@ from train.harness.scoring import Scorer
 from train.run_folder.errors import RunError
 
 ROOT = Path(__file__).resolve().parents[3]
-BYTES = byte_tokenizer(CHATML)
 SIZES = {"vocab_size": len(BYTES), "num_hidden_layers": 1, "max_position_embeddings": 193}
 PREFIX = "ab a: abé " * 16
 FEW_SHOT = [(PREFIX + end, choice) for end in ("a", "b: ", "aé", "ba") for choice in (" a", " b", " ab: b")]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,24 +17,15 @@ from melora_jax.generation import stream
 from melora_jax.generation.decode_loop import programs
 from melora_jax.models.decoders.heads import CausalLM
 from melora_jax.nn.tree import variables_of
-from tests.support.decoder_fixtures import CONFIGS, VOCAB, apply, random_decoder, torch_decoder
+from tests.support.decoder_fixtures import CONFIGS, VOCAB, apply, torch_decoder
 from tests.support.models_fixtures import tensors_of, write_checkpoint
+from tests.support.talkers import LONG, lively
 from tests.support.tiny import stirred
 
 NEW = 64
 SHORT = 7
 DRAWN = {"temperature": 0.4, "key": jax.random.key(3)}
-LONG: dict[str, Any] = {"max_position_embeddings": 97, "eos_token_id": None}
 ONE_LAYER = {"num_hidden_layers": 1}
-
-
-def lively(name: str = "smollm2", changes: Mapping[str, Any] | None = None) -> CausalLM:
-    """A random model that does not say the same again and again."""
-    model = random_decoder(name, LONG | (changes or {}))
-    for path, variable in variables_of(model).items():
-        if not path.endswith("/scale"):
-            variable.set_value(variable.get_value() * (0.3 if "embed" in path else 5.0))
-    return model
 
 
 @pytest.fixture(scope="module")
