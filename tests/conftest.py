@@ -36,10 +36,6 @@ hypothesis.settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if os.environ.get("EXHAUSTIVE") != "1":
-        for item in items:
-            if item.get_closest_marker("exhaustive"):
-                item.add_marker(pytest.mark.skip(reason="takes minutes; run with EXHAUSTIVE=1"))
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if on_gpu and jax.default_backend() != "gpu":
         for item in on_gpu:

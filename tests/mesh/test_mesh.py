@@ -76,7 +76,8 @@ def test_so_does_the_sum_of_kernel_and_update(results: dict[str, Any], check: st
     assert results[check]["untouched"]
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
+@pytest.mark.once
 def test_full_fine_tuning_does_too(tmp_path: Path) -> None:
     """Losses, gradients, summed as momentum, and every parameter."""
     for result in run_checks(tmp_path, *WHOLE).values():
@@ -85,7 +86,8 @@ def test_full_fine_tuning_does_too(tmp_path: Path) -> None:
         assert result["moved"] > 0.01
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
+@pytest.mark.once
 def test_every_other_mesh_does_too(tmp_path: Path) -> None:
     for result in run_checks(tmp_path, *REST).values():
         check_equal(result)

@@ -133,7 +133,8 @@ def test_hosts_with_different_recipes_are_told_so(recipe: Path) -> None:
     assert not (recipe.parent / "unequal").exists()
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
+@pytest.mark.once
 def test_any_mesh_goes_on_with_another_ones_checkpoint(recipe: Path, alone: list[Any]) -> None:
     [process] = start(recipe, "passed on", devices=8, **EIGHT)
     wait_for_step(recipe, "passed on", 8)
