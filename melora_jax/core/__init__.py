@@ -2,3 +2,7 @@
 
 Imports `config`, `validation` and `files`.
 """
+
+from melora_jax.core.spectrum import FLOAT32_RANK_TOLERANCE, effective_rank, numerical_rank
+
+__all__ = ["FLOAT32_RANK_TOLERANCE", "effective_rank", "numerical_rank"]

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from melora_jax.core.spectrum import effective_rank, numerical_rank
+from melora_jax.core import effective_rank, numerical_rank
 from train.report.html import Html, card, code, document, folded, note, table
 from train.report.report import FILE_NAME, command_card, header, plots, versions
 from train.report.run_rows import comparison_rows, shared_metric

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from melora_jax.core.spectrum import FLOAT32_RANK_TOLERANCE
+from melora_jax.core import FLOAT32_RANK_TOLERANCE
 from train.report.figure import BAND, INK, log_locator, look, new_figure, short_number, svg_from_figure
 from train.report.html import Html, element
 from train.run_folder.log import Event

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from melora_jax.core.spectrum import effective_rank, numerical_rank
+from melora_jax.core import effective_rank, numerical_rank
 from train.report import plots
 from train.report.html import Html, card, code, document, element, folded, note, table, tiles
 from train.run_folder.folder import Run, Site, read_run

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from melora_jax.core.spectrum import numerical_rank
+from melora_jax.core import numerical_rank
 from train.config.methods import method_name
 from train.run_folder.log import Event, read_metrics
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from melora_jax.core.spectrum import effective_rank
+from melora_jax.core import effective_rank
 from train.config.metrics import is_better
 from train.lab.tables.cells import is_finished
 from train.lab.tables.scores import Difference, Interval, difference, interval
