@@ -83,7 +83,7 @@ class AdapterSpec:
         if self.mixer == "shuffle" and self.r[0] % self.n:
             sizes = f"n={self.n}, r={self.r[0]}"
             raise ValueError(f'mixer="shuffle" needs n to divide r: {sizes}; choose r from multiples of {self.n}')
-        validation.check_start(self)
+        validation.check_kind(self)
 
     @property
     def kind(self) -> Kind:

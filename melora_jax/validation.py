@@ -82,17 +82,17 @@ def check_trained(config: Any) -> None:
         )
 
 
-def check_start(spec: Any) -> None:
-    """The start values and the variant of an adapter are defined for its minis and its mixer."""
+def check_kind(spec: Any) -> None:
+    """The start values and the variant of an adapter fit each other, its ranks, its mixer and its dropout."""
     from_blocks, variant = spec.init in ("orthogonal", "pissa"), spec.variant
     if (from_blocks or variant == "adalora") and spec.mixer != "identity":
         what = f"init={spec.init!r}" if from_blocks else f"variant={variant!r}"
-        raise ValueError(f'{what} is defined for mixer="identity" alone, not {spec.mixer!r}; leave one of them out')
+        raise ValueError(f'{what} is defined for mixer="identity" only, not {spec.mixer!r}; leave one of them out')
     if from_blocks and variant != "plain":
         raise ValueError(f'init={spec.init!r} is for variant="plain", not {variant!r}; take init="kaiming"')
     if variant == "adalora" and (spec.init != "kaiming" or len(set(spec.r)) > 1):
         given = f"init={spec.init!r}" if spec.init != "kaiming" else f"r={list(spec.r)}"
-        raise ValueError(f"variant='adalora' has a start of its own, and one r for all minis: leave {given} out")
+        raise ValueError(f"variant='adalora' has its own start, and one r for all minis: leave {given} out")
     if spec.init == "orthogonal" and (len(set(spec.r)) > 1 or spec.r[0] % 2):
         raise ValueError(f"init='orthogonal' needs one even r for all minis, not {list(spec.r)}; choose 2, 4, 6 ...")
     if spec.init == "pissa" and spec.dropout:

@@ -20,6 +20,7 @@ from melora_jax.checkpoints.approximation import Approximation, Loss
 from melora_jax.checkpoints.factors import plain_factors
 from melora_jax.checkpoints.linear import as_plain
 from melora_jax.config import AdapterSpec, MELoRAConfig
+from melora_jax.validation import check_count, check_sizes
 
 
 def scale(tree: AdapterTree, factor: float) -> AdapterTree:
@@ -216,9 +217,6 @@ def compress_deltas(deltas: Iterable[tuple[str, np.ndarray]], *, n: int, r: int)
 
 
 def _require_divisible(path: str, d_in: int, d_out: int, n: int, r: int) -> None:
-    if n < 1 or r < 1:
-        raise ValueError(f"n={n} and r={r} must be at least 1")
-    if d_in % n or d_out % n:
-        common = np.gcd(d_in, d_out)
-        fits = ", ".join(str(k) for k in range(1, min(common, 128) + 1) if common % k == 0)
-        raise ValueError(f"n={n} does not divide {path} of size {d_in} x {d_out}; choose n from {fits}")
+    check_count("n", n)
+    check_count("r", r)
+    check_sizes(d_in, d_out, n, path)

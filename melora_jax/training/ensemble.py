@@ -16,7 +16,6 @@ Everything that determines shapes or code (n, r, mixer, targets, the kind of opt
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -34,7 +33,7 @@ from melora_jax.core.products.plan import unmerged
 from melora_jax.nn.sharding import mesh_of_tree
 from melora_jax.nn.tree import path_of, walk
 from melora_jax.training.step import Batch, Loss, Metrics, TrainState, step_of
-from melora_jax.validation import check_count
+from melora_jax.validation import check_alpha, check_count, check_number
 
 Streams = Literal["shared", "own"]
 Optimizer = optax.GradientTransformation | Callable[[Any], optax.GradientTransformation]
@@ -89,11 +88,9 @@ def make_members(
         if values is not None and np.shape(values) != (len(keys),):
             raise ValueError(f"{name} has shape {np.shape(values)} for {len(keys)} members; give one number a member")
     for factor in alpha or ():
-        if not (math.isfinite(factor) and factor > 0):
-            raise ValueError(f"alpha={factor!r} must be above 0 and finite: a member's alpha over the model's")
+        check_alpha("alpha", float(factor))
     for rate in dropout or ():
-        if not 0 <= rate < 1:
-            raise ValueError(f"dropout={rate!r} must be at least 0 and below 1")
+        check_number("dropout", float(rate), low=0.0, below=1.0)
     return Members(
         key=jnp.stack(keys),
         optim=jax.tree.map(_floats, optim, is_leaf=_is_values),

@@ -132,7 +132,7 @@ def test_what_is_wrong_is_one_line_and_writes_nothing(base: Path, tmp_path: Path
         (["compress", str(base), f"{tmp_path}/x", "--n", "2", "--r", "1"], "is a whole model; say with --base what it"),
         (
             ["compress", str(lora), f"{tmp_path}/x", "--n", "4", "--r", "1"],
-            "n=4 does not divide model/layers/0/self_at",
+            "n=4 does not divide d_",
         ),
         (
             ["compress", str(base), f"{tmp_path}/x", "--n", "2", "--r", "1", "--base", str(base)],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,8 @@ from flax import nnx
 
 import melora_jax as mj
 from melora_jax.adapters import AdaLoRADense, DoRADense, PiSSADense, kind_of, orthogonality
+from melora_jax.adapters.kinds import KINDS
+from melora_jax.config import Kind
 from melora_jax.models.auto import model_from_config
 from melora_jax.training import RankBudget
 from melora_jax.training.rank_allocator import within_budget
@@ -112,6 +114,12 @@ def test_files_hold_all_of_it(name: str, tmp_path: Path) -> None:
         even, imported = tiny.trained(**VARIANTS[name] | {"r": 2}), tiny.Encoder()  # mixed ranks have padding, not kept
         mj.import_peft(imported, mj.export_peft(even, tmp_path / "even"))
         tiny.assert_equal(tiny.arrays(imported), tiny.arrays(even))
+
+
+def test_each_kind_is_one_class() -> None:
+    assert set(KINDS) == set(get_args(Kind))
+    assert all(kind.kind == name for name, kind in KINDS.items())
+    assert set(KINDS.values()) == {mj.MELoRADense, *mj.MELoRADense.__subclasses__()}
 
 
 def test_settings_of_another_kind_are_refused() -> None:

@@ -145,13 +145,13 @@ BAD: dict[str, tuple[Any, str]] = {
     "a rank": (lambda: add([tree(q=site(0))], rank=4), "rank=4 can't be shared by the 3 minis of q; choose a multiple"),
     "an n": (
         lambda: compress(tree(q=site(0)), n=4, r=1),
-        "n=4 does not divide q of size 12 x 18; choose n from 1, 2, 3",
+        "n=4 does not divide d_out=18 at q; choose n from 1, 2, 3",
     ),
     "no updates": (
         lambda: compress_deltas([], n=2, r=1),
         r"there is no update to compress; give \(path, ΔW\) of one lay",
     ),
-    "no rank": (lambda: compress(tree(q=site(0)), n=2, r=0), "n=2 and r=0 must be at least 1"),
+    "no rank": (lambda: compress(tree(q=site(0)), n=2, r=0), "r=0 must be a whole number of at least 1"),
 }
 
 

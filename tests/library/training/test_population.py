@@ -206,10 +206,8 @@ def test_what_is_no_population_is_refused() -> None:
         "rate has shape (1,) for 2 members; give one number a member": lambda: make_members(
             keys, optim={"rate": [1e-3]}
         ),
-        "alpha=-1 must be above 0 and finite: a member's alpha over the model's": lambda: make_members(
-            keys, alpha=[-1, 2]
-        ),
-        "dropout=1.0 must be at least 0 and below 1": lambda: make_members(keys, dropout=[0.0, 1.0]),
+        "alpha=-1.0 must be a number above 0": lambda: make_members(keys, alpha=[-1, 2]),
+        "dropout=1.0 must be a number at least 0 and below 1": lambda: make_members(keys, dropout=[0.0, 1.0]),
         "1 models for 2 members; give one adapted model a member": lambda: population_state(
             [model], tx, make_members(keys)
         ),
@@ -224,6 +222,16 @@ def test_what_is_no_population_is_refused() -> None:
     }.items():
         with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
             make()
+
+
+@pytest.mark.parametrize("settings", [{"init": "pissa"}, {"variant": "adalora"}])
+def test_members_share_alpha_where_it_is_more_than_a_factor_of_the_update(settings: Any) -> None:
+    models, tx = [start(seed, rate=0.0, r=2, **settings) for seed in (1, 2)], optax.sgd(0.1)
+    members = make_members([key_of(1), key_of(2)], alpha=[1.0, 2.0])
+    state, frozen = population_state(models, tx, members)
+    word = next(iter(settings))
+    with pytest.raises(ValueError, match=rf"^{word}='.*' at layer/0/query: members of a population must share alpha"):
+        make_population_step(models[0], tx, loss)(state, frozen, batch_of(0, 0), members)
 
 
 def test_members_share_one_base() -> None:
