@@ -1,7 +1,6 @@
-"""Model surgery: which modules of a model match a config, and what takes their place.
+"""`adapt` puts adapters into a model, in place; `describe` counts what is in one.
 
-`adapt` changes a model in place. Everything is checked before anything is changed, so a model that it refuses is as it
-was.
+`plan_sites` checks everything before `adapt` changes anything, so a model that it refuses is left unchanged.
 """
 
 from __future__ import annotations
@@ -34,25 +33,27 @@ _log = logging.getLogger("melora_jax")
 def adapt(model: nnx.Module, config: MELoRAConfig, *, rngs: nnx.Rngs, probe: Any = None) -> Adaptation:
     """Puts mini-adapters into `model`, in place, and freezes the rest.
 
-    Every `nnx.Param` becomes a `FrozenParam`, but for those of `modules_to_save`, and those that `bias` or `train_base`
-    trains, which become `BaseParam`; both are cast to float32. Each matched layer becomes a `MELoRADense` around the
-    layer it was. Shared layers and tied variables stay shared.
+    Every `nnx.Param` becomes a `FrozenParam`, except those of `modules_to_save`, which stay, and those that `bias` or
+    `train_base` trains, which become `BaseParam`; both are cast to float32. Each matched layer is wrapped in a
+    `MELoRADense`, or in the class of its kind, whose factors are float32. Shared layers and tied variables stay shared.
 
     Args:
       model: any tree of NNX modules, lists, dicts and tuples.
       config: what to adapt.
-      rngs: source of the factors' start values. Each site folds in its path, so they do not depend on the
-        order of the sites or on which others there are.
-      probe: inputs of one forward pass, a tuple of positional arguments (or one array). If given, each adapter is
-        perturbed and the output must move; a host that reads a layer's kernel instead of calling it is found so.
+      rngs: source of the factors' start values. Each site folds in its path, so its values do not depend on the other
+        sites or their order.
+      probe: inputs of one forward pass, a tuple of positional arguments or one array. If given, each adapter is
+        perturbed and the output must change; this finds models that read a kernel instead of calling its layer.
 
     Returns:
-      An `Adaptation`: sites and parameter counts.
+      An `Adaptation`: sites and parameter counts. It prints as a table.
 
     Raises:
       ValueError: the model has adapters already, or its layers are stacked; a target, override, exclusion or module to
         save matches nothing; a matched module can't be adapted or n does not divide it; the probe finds a site without
-        effect. The message names the path and the remedy, and the model is left as it was.
+        effect. The message names the path and the remedy, and the model is left unchanged.
+
+    Source: MELoRA (arXiv 2402.17263), section 3.2.
 
     >>> model = nnx.Sequential(nnx.Linear(4, 6, rngs=nnx.Rngs(0)), nnx.relu)
     >>> config = MELoRAConfig(n=2, r=1, targets="all-linear", strategy="packed")
@@ -121,7 +122,7 @@ def _freeze_base(model: nnx.Module, plan: Plan) -> None:
 
 
 def _as_float32(variable: nnx.Variable) -> nnx.Variable:
-    # The layer's own dtype still sets how it computes.
+    # The layer's own dtype still decides how it computes.
     value = in_float32(variable.get_raw_value())
     return variable if value.dtype == variable.dtype else type(variable).from_metadata(value, variable.get_metadata())
 

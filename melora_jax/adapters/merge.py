@@ -32,9 +32,9 @@ def merge(model: nnx.Module) -> nnx.Module:
     """A new model (or layer) of plain Flax layers, with W + ΔW in place of each adapted kernel.
 
     The sum is taken in float32 and rounded to the kernel's dtype. A quantised kernel becomes a plain one of the
-    computation's dtype, with the values that training saw: what quantising rounded is not undone, and the logger
-    "melora_jax" says how many there were. A kernel that was tied to an unadapted layer is untied: only the adapted
-    layer's copy changes. `model` is left as it was.
+    computation's dtype with the values that training saw; the quantisation error stays, and the logger "melora_jax"
+    says how many kernels it concerns. A kernel that was tied to an unadapted layer is untied: only the adapted layer's
+    copy changes. `model` is left unchanged.
 
     Args:
       model: an adapted model, whose layers may be stacked, or one adapted layer.
@@ -57,7 +57,7 @@ def unwrap(model: nnx.Module) -> nnx.Module:
     """A new model: the base without its adapters, parameters typed and valued as before `adapt`.
 
     Modules of `modules_to_save`, and parameters of the base that were trained, keep what they learned. `model` is left
-    as it was.
+    unchanged.
 
     Args:
       model: an adapted model, whose layers may be stacked, or one adapted layer.
