@@ -18,8 +18,7 @@ from train.config.schema import AdapterConfig, DataConfig, ModelConfig, OptimCon
 from train.loop.finish import finish
 from train.loop.loop import describe_stop, exit_code, run
 from train.loop.setup import prepare
-from train.report.comparison import write_comparison
-from train.report.terminal import comparison_table
+from train.report.comparison import comparison_table, write_comparison
 from train.run_folder.errors import RunError
 from train.run_folder.folder import Run, read_run
 

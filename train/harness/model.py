@@ -16,8 +16,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from train.chat.speaker import Manner, Speaker
 from train.harness.batches import Pair, make_batches, power_of_two
-from train.harness.progress import Progress
 from train.harness.scoring import Scorer
+from train.report.terminal import RequestProgress
 from train.run_folder.errors import RunError
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class JaxLM(TemplateLM):
             arguments: Any = request.args
             manners.setdefault(manner_of(arguments[1], self._seed), []).append(place)
         texts = [""] * len(requests)
-        with Progress("answers", len(requests)) as progress, self._in_force():
+        with RequestProgress("answers", len(requests)) as progress, self._in_force():
             for manner, places in manners.items():
                 self.require_room({"max_gen_toks": manner.max_new_tokens}, "a request")
                 prompts = {place: self._prompt(requests[place].args[0], manner.max_new_tokens) for place in places}
@@ -180,7 +180,7 @@ class JaxLM(TemplateLM):
             raise RunError(f"a token is outside the model's {vocabulary:,}; use the tokenizer of this checkpoint")
         scores: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
         scorer = Scorer(self._model, self._mesh)
-        with Progress(what, len(pairs)) as progress, self._in_force():
+        with RequestProgress(what, len(pairs)) as progress, self._in_force():
             for batch in make_batches(pairs, self._batch_size):
                 found, greedy = map(np.asarray, scorer(batch))
                 rows = len(batch.requests)

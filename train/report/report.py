@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
 
 from melora_jax.core import effective_rank, numerical_rank
-from train.report import plots
-from train.report.html import Html, card, code, document, element, folded, note, table, tiles
+from train.report import figures
+from train.report.figures import Plot
+from train.report.html import render
 from train.run_folder.folder import Run, Site, read_run
 from train.run_folder.log import Event, replace_text
 
 FILE_NAME = "report.html"
 _MOST_SPECTRA = 6
 _MOST_OPEN_ROWS = 12
+_SITE_HEADERS = ("layer", "d_in", "d_out", "n", "r", "rank", "parameters", "scale", "mixer", "strategy")
 
 
 def write_report(run_folder: str | os.PathLike[str]) -> Path:
@@ -30,37 +34,28 @@ def write_report(run_folder: str | os.PathLike[str]) -> Path:
       ValueError: a file is missing or malformed; names it and the remedy. An older report stays as it was.
     """
     run = read_run(run_folder)
-    cards = [_headline(run), _loss(run), _evaluations(run), _learning_rate(run), _spectra(run), _sites(run)]
-    cards.append(command_card(run.commands))
-    cards.append(card("Configuration", folded("config.toml", code(run.config_text))))
-    page = document(
-        f"{run.method}, {run.folder.name}", header("Training report", run.method, run), *cards, versions(run)
+    page = render(
+        "report.html",
+        run=run,
+        kind="Training report",
+        title=f"{run.method}, {run.folder.name}",
+        heading=run.method,
+        tiles=_headline(run),
+        loss=_loss(run),
+        loss_note=figures.LOSS_NOTE,
+        evaluations=_evaluations(run),
+        learning_rate=_learning_rate(run),
+        spectra=_spectra(run),
+        sites=_sites(run),
+        most_open_rows=_MOST_OPEN_ROWS,
     )
     path = run.folder / FILE_NAME
     replace_text(path, page)
     return path
 
 
-def header(kind: str, heading: str, run: Run) -> Html:
-    """The page's head: what it is, its title, the model and the data."""
-    subject = " · ".join(name for name in (run.model, run.data) if name)
-    return element("header", element("p", f"melora_jax · {kind}"), element("h1", heading), element("p", subject))
-
-
-def command_card(commands: Mapping[str, str]) -> Html:
-    """Commands to copy, each under what it does."""
-    return card("What to do next", *(part for what, line in commands.items() for part in (note(what), code(line))))
-
-
-def versions(run: Run) -> Html:
-    """The versions that produced the run."""
-    if not run.versions:
-        return card("Versions", note("No versions.json was saved with this run."))
-    listed = ((element("dt", name), element("dd", version)) for name, version in run.versions.items())
-    return card("Versions", element("dl", *(element("div", *pair) for pair in listed), class_="versions"))
-
-
-def _headline(run: Run) -> Html:
+def _headline(run: Run) -> list[tuple[str, str, str]]:
+    """The headline numbers: (what, value, a line of detail)."""
     best = run.best
     metric = run.metrics[0] if run.metrics else "score"
     score, when = "-", "no evaluation yet"
@@ -70,42 +65,35 @@ def _headline(run: Run) -> Html:
     trained = "base parameters" if run.base and not run.adapter else "adapter parameters"
     trained = "adapter and base parameters" if run.base and run.adapter else trained
     pace = f"{run.seconds_per_epoch:.1f} s an epoch" if run.seconds_per_epoch else ""
-    return tiles(
-        [
-            (f"best {metric}", score, when),
-            (trained, f"{run.beside_head:,}", f"{share:.2%} of the model"),
-            ("head parameters", f"{run.head:,}", "trained beside"),
-            ("steps", f"{run.last_step:,}", f"{run.last.get('epoch', 0):.3g} epochs"),
-            ("time", duration(float(run.last.get("seconds", 0.0))), pace),
-        ]
-    )
+    return [
+        (f"best {metric}", score, when),
+        (trained, f"{run.beside_head:,}", f"{share:.2%} of the model"),
+        ("head parameters", f"{run.head:,}", "trained beside"),
+        ("steps", f"{run.last_step:,}", f"{run.last.get('epoch', 0):.3g} epochs"),
+        ("time", duration(float(run.last.get("seconds", 0.0))), pace),
+    ]
 
 
-def _loss(run: Run) -> Html:
+def _loss(run: Run) -> Plot | None:
     if not run.steps:
-        return card("Loss", note("No training step was logged yet."))
-    labels, series = {0: "training"}, [*plots.loss_series(run.steps)]
+        return None
+    labels, series = {0: "training"}, [*figures.loss_series(run.steps)]
     if any("loss" in event for event in run.evaluations):
         labels[1] = "held out"
-        series.append(plots.metric_series(run.evaluations, "loss", colour=1))
-    figure = plots.curves("loss", "Training and held-out loss over steps", series, "loss")
-    return card("Loss", plots.legend(labels), figure, note(plots.LOSS_NOTE))
+        series.append(figures.metric_series(run.evaluations, "loss", colour=1))
+    return figures.plot(figures.curves("loss", "Training and held-out loss over steps", series, "loss"), labels)
 
 
-def _evaluations(run: Run) -> Html:
-    if not run.evaluations:
-        return card("Held-out metrics", note("No evaluation yet."))
+def _evaluations(run: Run) -> dict[str, Any]:
+    """The plot of the metrics besides the loss, and the table of all of them."""
     names = [name for name in run.metrics if name != "loss"]
-    series = [plots.metric_series(run.evaluations, name, colour) for colour, name in enumerate(names)]
-    drawn = (
-        [plots.legend(dict(enumerate(names))), plots.curves("metrics", "Held-out metrics over steps", series, "score")]
-        if names
-        else []
-    )
+    drawn = None
+    if names:
+        series = [figures.metric_series(run.evaluations, name, colour) for colour, name in enumerate(names)]
+        drawing = figures.curves("metrics", "Held-out metrics over steps", series, "score")
+        drawn = figures.plot(drawing, dict(enumerate(names)))
     rows = [_evaluation_row(run, event) for event in run.evaluations]
-    numbers = table(["step", "epoch", *run.metrics, ""], rows, text_columns=())
-    fold = folded(f"{len(rows)} evaluations", numbers, unfold=len(rows) <= _MOST_OPEN_ROWS)
-    return card("Held-out metrics", *drawn, fold)
+    return {"plot": drawn, "headers": ["step", "epoch", *run.metrics, ""], "rows": rows}
 
 
 def _evaluation_row(run: Run, event: Event) -> list[str]:
@@ -113,64 +101,45 @@ def _evaluation_row(run: Run, event: Event) -> list[str]:
     return [f"{event['step']:,}", f"{event.get('epoch', 0):.2f}", *scores, "best" if event is run.best else ""]
 
 
-def _learning_rate(run: Run) -> Html:
+def _learning_rate(run: Run) -> Plot | None:
     if not any("learning_rate" in event for event in run.steps):
-        return card("Learning rate", note("No training step was logged yet."))
-    series = [plots.metric_series(run.steps, "learning_rate", dots=False)]
-    return card("Learning rate", plots.curves("rate", "Learning rate over steps", series, "learning rate", height=170))
+        return None
+    series = [figures.metric_series(run.steps, "learning_rate", dots=False)]
+    return Plot(figures.curves("rate", "Learning rate over steps", series, "learning rate", height=170))
 
 
-def _spectra(run: Run) -> Html:
-    title = "Spectrum of the trained updates"
+def _spectra(run: Run) -> list[tuple[str, str, Markup | str]]:
+    """(path, caption, drawing) of at most `_MOST_SPECTRA` layers, spread evenly from the first to the last."""
     known = {site.path: site for site in run.sites}
     paths = [path for path in run.spectra if path in known]
-    if not paths:
-        return card(title, note("No adapter was trained." if not run.sites else "No spectrum was saved with this run."))
-    shown = (
-        paths if len(paths) <= _MOST_SPECTRA else [paths[k * len(paths) // _MOST_SPECTRA] for k in range(_MOST_SPECTRA)]
-    )
-    figures = [_spectrum(index, known[path], run) for index, path in enumerate(shown)]
-    explain = (
-        f"Singular values of ΔW at {len(shown)} of {len(run.sites)} sites, on a logarithmic axis. The dashed line "
-        "stands at the rank the adapter can reach, n·r for MELoRA; all singular values beyond it are zero."
-    )
-    return card(title, note(explain), element("div", *figures, class_="grid"))
+    if len(paths) > _MOST_SPECTRA:
+        paths = [paths[k * len(paths) // _MOST_SPECTRA] for k in range(_MOST_SPECTRA)]
+    return [(path, *_spectrum(f"spectrum{index}", known[path], run)) for index, path in enumerate(paths)]
 
 
-def _spectrum(index: int, site: Site, run: Run) -> Html:
+def _spectrum(name: str, site: Site, run: Run) -> tuple[str, Markup | str]:
     values = run.spectra[site.path]
     rank, most = numerical_rank(values), min(site.d_in, site.d_out)
-    caption = f"rank {rank} of {most}, effective rank {effective_rank(values):.1f}"
     if not rank:
-        return element(
-            "figure", element("h3", site.path), element("figcaption", "ΔW is zero: this layer was not trained")
-        )
-    figure = plots.spectrum(f"spectrum{index}", f"Singular values, {caption}", {0: values}, site.rank)
-    return element("figure", element("h3", site.path), element("figcaption", caption), figure)
+        return "ΔW is zero: this layer was not trained", ""
+    caption = f"rank {rank} of {most}, effective rank {effective_rank(values):.1f}"
+    return caption, figures.spectrum(name, f"Singular values, {caption}", {0: values}, site.rank)
 
 
-def _sites(run: Run) -> Html:
-    if not run.sites:
-        what = (
-            f"{run.base:,} parameters of the base and {run.head:,}" if run.base else f"only the {run.head:,} parameters"
-        )
-        return card("Adapted layers", note(f"None: {what} of the head were trained."))
-    headers = ["layer", "d_in", "d_out", "n", "r", "rank", "parameters", "scale", "mixer", "strategy"]
-    content = table(headers, [_site_row(site) for site in run.sites], text_columns=(0, 8, 9))
-    summary = f"{len(run.sites)} layers, {run.adapter:,} parameters; {run.frozen:,} frozen ones beside them"
-    return card("Adapted layers", folded(summary, content, unfold=len(run.sites) <= _MOST_OPEN_ROWS))
+def _sites(run: Run) -> dict[str, Any]:
+    """The table of the adapted layers and one line on it, or why there is none."""
+    if run.sites:
+        summary = f"{len(run.sites)} layers, {run.adapter:,} parameters; {run.frozen:,} frozen ones beside them"
+    elif run.base:
+        summary = f"None: {run.base:,} parameters of the base and {run.head:,} of the head were trained."
+    else:
+        summary = f"None: only the {run.head:,} parameters of the head were trained."
+    return {"summary": summary, "headers": _SITE_HEADERS, "rows": [_site_row(site) for site in run.sites]}
 
 
 def _site_row(site: Site) -> list[str]:
-    numbers = [
-        f"{site.d_in:,}",
-        f"{site.d_out:,}",
-        f"{site.n}",
-        _listed(site.r),
-        f"{site.rank}",
-        f"{site.parameters:,}",
-    ]
-    return [site.path, *numbers, _listed(site.scaling), site.mixer, site.strategy]
+    sizes = [f"{site.d_in:,}", f"{site.d_out:,}", f"{site.n}", _listed(site.r), f"{site.rank}", f"{site.parameters:,}"]
+    return [site.path, *sizes, _listed(site.scaling), site.mixer, site.strategy]
 
 
 def _listed(values: object) -> str:

@@ -17,7 +17,7 @@ from tests.support.chat import byte_tokenizer
 from tests.support.talkers import BYTES, talker
 from tests.support.tiny import stirred
 from train.__main__ import main
-from train.harness.progress import Progress
+from train.report.terminal import RequestProgress
 
 SENTENCES = ["ab", "b a", "aab b", "b", "a", "bb ab"]
 YAML = """
@@ -283,7 +283,7 @@ def test_without_lm_eval_the_extra_is_named(folder, capsys, monkeypatch):
 def test_progress_says_how_long_it_will_take(tmp_path):
     with (tmp_path / "log").open("w") as file:
         times = iter([0.0, 4.0, 12.0, 20.0])
-        with Progress("answers", 10, console=Console(file=file), clock=lambda: next(times)) as progress:
+        with RequestProgress("answers", 10, console=Console(file=file), clock=lambda: next(times)) as progress:
             for count in (2, 4, 4):
                 progress.advance(count)
     assert (tmp_path / "log").read_text() == "answers 6/10  12 s  ETA 8 s\nanswers 10/10  20 s  ETA 0 s\n"

@@ -69,7 +69,7 @@ def test_scores_stand_over_parameters(runs: dict[str, Run], source: str) -> None
 
 
 def test_the_spectra_are_laid_over_each_other(runs: dict[str, Run], source: str) -> None:
-    svg = drawing(source, "Singular values of each run's update".replace("'", "&#x27;"))
+    svg = drawing(source, "Singular values of each run's update".replace("'", "&#39;"))
     (path,) = {path for run in runs.values() for path in list(run.spectra)[:1]}
     adapted = {series: run for series, run in enumerate(runs.values()) if run.spectra}
     assert [len(markers(svg, series)) for series in adapted] == [8, 8, 64]

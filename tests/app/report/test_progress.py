@@ -15,7 +15,8 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from tests.support.synthetic_runs import make_run
-from train.report.terminal import Progress, comparison_table, memory_in_use
+from train.report.comparison import comparison_table
+from train.report.terminal import Progress, memory_in_use
 from train.run_folder.folder import read_run
 
 STEP = {"epoch": 0.25, "loss": 0.5, "learning_rate": 4e-4, "examples_per_second": 80.1}

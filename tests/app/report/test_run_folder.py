@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support.synthetic_runs import make_run, write_json
-from train.report.run_rows import comparison_rows
+from train.report.comparison import comparison_rows
 from train.run_folder.folder import read_run
 
 
