@@ -1,4 +1,4 @@
-"""`python -m train glue`: tasks by methods by seeds, rates chosen fairly, as one table that may be broken off."""
+"""`python -m train glue`: tasks by methods by seeds, rates chosen fairly, as one resumable table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -20,6 +19,7 @@ from train.lab.tables.cells import is_finished, run_cells
 from train.lab.tables.results import read_results, score_after_last, write_manifest
 from train.lab.tables.table import Row, plan_table
 from train.loop.loop import exit_code
+from train.report.tables import terminal_table
 from train.run_folder.errors import RunError
 from train.run_folder.folder import read_run
 
@@ -28,14 +28,14 @@ _REFERENCE = "lora"
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Run GLUE tasks by several methods. Options of `run` go behind --, and hold for every task."""
+    """Run GLUE tasks by several methods. Options of `run` follow after --, and hold for every task."""
 
     model: str | None = None
     """A folder or hub id; by default the recipes' own, RoBERTa-base."""
     tasks: tuple[str, ...] = ("all",)
     """GLUE recipes such as rte and cola-80, or all: the paper's eight."""
     methods: tuple[str, ...] = ("lora:r=8", "melora:n=2,r=8", "full")
-    """Methods, each METHOD or METHOD:KEY=VALUE,...; keys are those of [adapter], or with their section."""
+    """Methods, each METHOD or METHOD:KEY=VALUE,...; a key is one of [adapter], or SECTION.KEY."""
     reference: str | None = None
     """The method that the others are compared with; by default the first LoRA, or the first of all."""
     data: Path | None = None
@@ -43,19 +43,19 @@ class Options:
     seeds: int = 1
     """Runs a method and task, at seeds 42, 43 and on."""
     rates: tuple[float, ...] = ()
-    """Learning rates to choose from, for each method and task; by default the recipe's own and no choice."""
+    """Learning rates to choose from, for each method and task; by default the recipe's own, without a choice."""
     held_back: int = 500
-    """Training rows, drawn at random, that the choice is made on."""
+    """Training rows, drawn at random, on which the learning rate is chosen."""
     warm_start: bool = False
     """Start MRPC, RTE and STS-B from the same method's MNLI adapter."""
     folder: Path = Path("runs/glue")
-    """Where results go; a table that was broken off goes on where it was."""
+    """Where results go; an interrupted table resumes where it stopped."""
     dry_run: bool = False
-    """Say what would be run, and how many parameters it trains, from the model's config.json alone."""
+    """Print what would be run and how many parameters it trains, from the model's config.json alone."""
 
 
 def glue(words: Sequence[str]) -> int:
-    """Runs, or goes on with, the table; returns the exit code."""
+    """Runs or resumes the table; returns the exit code."""
     own, overrides = _split(words)
     options = tyro.cli(Options, args=own, prog="python -m train glue", use_underscores=True)
     rows = plan_table(
@@ -82,7 +82,7 @@ def glue(words: Sequence[str]) -> int:
         console.rule(f"{number} of {len(rows)}: {row.task}, {row.arm.word}")
         stopped = _run_row(console, row, command)
         if stopped is not None:
-            console.print("the same command goes on with the table", highlight=False)
+            console.print("stopped; the same command resumes the table", highlight=False)
             return stopped
     console.print(_summary(options.folder))
     console.print(f"page     {write_study(options.folder)}", soft_wrap=True, highlight=False)
@@ -90,7 +90,7 @@ def glue(words: Sequence[str]) -> int:
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Our options, and those behind --."""
+    """Our options, and those after --."""
     at = list(words).index("--") if "--" in words else len(words)
     return list(words[:at]), list(words[at + 1 :])
 
@@ -100,12 +100,12 @@ def _reference(options: Options, rows: Sequence[Row]) -> str:
     if options.reference is None:
         return next((word for word in words if word.partition(":")[0] == _REFERENCE), words[0])
     if options.reference not in words:
-        raise ValueError(f"--reference {options.reference} is none of the methods; choose from {', '.join(words)}")
+        raise ValueError(f"--reference {options.reference} is not one of the methods; choose from {', '.join(words)}")
     return options.reference
 
 
 def _run_row(console: Console, row: Row, command: Sequence[str]) -> int | None:
-    """Chooses the row's learning rate and makes its runs; the exit code if a signal stopped one."""
+    """Chooses the row's learning rate and trains its runs; the exit code if a signal stopped one."""
     choices = row.choices()
     stopped = run_cells(list(choices.values()), row.folder / "rates", command) if choices else None
     if stopped is None:
@@ -117,7 +117,7 @@ def _run_row(console: Console, row: Row, command: Sequence[str]) -> int | None:
 
 
 def _best_rate(row: Row) -> float:
-    """The rate whose run scores best after its last step; of equals the lowest."""
+    """The rate whose run scores best after its last step; the lowest of equals."""
     best: tuple[float, float] | None = None
     for rate, config in sorted(row.choices().items()):
         score = score_after_last(read_run(config.output.folder))
@@ -129,24 +129,22 @@ def _best_rate(row: Row) -> float:
 
 
 def _planned(rows: Sequence[Row]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for header in ("task", "method", "adapters", "base", "heads", "share", "runs", "done"):
-        table.add_column(header, justify="left" if header in ("task", "method") else "right", overflow="fold")
+    headers = ("task", "method", "adapters", "base", "heads", "share", "runs", "done")
+    lines = []
     for row in rows:
         count = mj.describe(adapted_shapes(row.base))
         runs = [*row.choices().values(), *row.reported(row.rates[0])]
         done = sum(is_finished(Path(run.output.folder)) for run in runs)
         share = count.trainable / (count.trainable + count.frozen)
         cells = [f"{count.adapter:,}", f"{count.base:,}", f"{count.head:,}", f"{share:.3%}", str(len(runs)), str(done)]
-        table.add_row(row.task, row.arm.word, *cells)
-    return table
+        lines.append([row.task, row.arm.word, *cells])
+    return terminal_table(headers, lines, text_columns=(0, 1))
 
 
 def _summary(folder: Path) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for header in ("task", "method", "parameters", "lr", "score", "best evaluation"):
-        table.add_column(header, justify="left" if header in ("task", "method") else "right", overflow="fold")
+    headers = ("task", "method", "parameters", "lr", "score", "best evaluation")
+    lines = []
     for row in read_results(folder):
         cells = [f"{row.parameters:,}", f"{row.rate:.2g}", str(row.score), str(row.best_score)]
-        table.add_row(f"{row.task} ({row.metric})", row.word, *cells)
-    return table
+        lines.append([f"{row.task} ({row.metric})", row.word, *cells])
+    return terminal_table(headers, lines, text_columns=(0, 1))

@@ -1,4 +1,4 @@
-"""`python -m train study`: the page, the figures and the data of a finished, or half finished, table."""
+"""`python -m train study`: the page, the figures and the data of a table, finished or in part."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from train.lab.tables.figures import draw_studies
 from train.lab.tables.results import Result, read_manifest, read_results
 from train.lab.tables.scores import LEVEL
 from train.lab.tables.studies import STUDIES, curves
+from train.report.tables import markdown_table
 from train.run_folder.folder import read_run
 from train.run_folder.log import replace_text
 
@@ -35,7 +36,7 @@ def write_study(folder: Path) -> Path:
     """
     manifest, results = read_manifest(folder), read_results(folder)
     if not results:
-        raise ValueError(f"no row of the table in {folder} is finished; go on with: {manifest['command']}")
+        raise ValueError(f"no row of the table in {folder} is finished; continue with: {manifest['command']}")
     drawn = draw_studies(folder, results)
     replace_text(folder / DATA, json.dumps(_data(manifest["reference"], results), indent=2) + "\n")
     missing = len(manifest["rows"]) - len(results)
@@ -65,9 +66,9 @@ def _first_run(folder: Path, rows: Sequence[dict], results: Sequence[Result]) ->
 def _explain(results: Sequence[Result], missing: int) -> Iterator[str]:
     yield (
         f"Scores are those after the last step, on the held-out rows: mean ± half a {LEVEL:.0%} interval over seeds "
-        "(Student's t). Beside them, the best evaluation of each run, which the paper reports and which flatters. "
-        "Learning rates were chosen for each method by one run a rate on training rows held back from it, never on the "
-        "reported ones; * marks a rate at the edge of those tried. Intervals are not corrected for the number of rows."
+        "(Student's t). Beside them, the best evaluation of each run, the paper's optimistic score. "
+        "Learning rates were chosen for each method by one run for each rate, on held-back training rows and never on "
+        "the reported ones; * marks a rate at the edge of those tried. Intervals are not corrected for many rows."
     )
     if missing:
         yield ""
@@ -77,8 +78,7 @@ def _explain(results: Sequence[Result], missing: int) -> Iterator[str]:
 
 def _table(results: Sequence[Result], reference: str) -> Iterator[str]:
     headers = ["task", "method", "parameters", "rank", "eff. rank", "lr", "seeds", "score", "best", "− reference"]
-    yield f"| {' | '.join(headers)} |"
-    yield "|" + "---|" * len(headers)
+    rows = []
     for row in results:
         other = _reference(results, row.task, reference)
         change = "-" if other is None or other is row else f"{row.against(other).interval}"
@@ -94,7 +94,8 @@ def _table(results: Sequence[Result], reference: str) -> Iterator[str]:
             str(row.best_score),
             change,
         ]
-        yield f"| {' | '.join(cells)} |"
+        rows.append(cells)
+    yield markdown_table(headers, rows, text_columns=(0, 1))
     yield ""
 
 
@@ -128,7 +129,7 @@ def _reference(results: Sequence[Result], task: str, word: str) -> Result | None
 
 
 def _data(reference: str, results: Sequence[Result]) -> list[dict]:
-    """The rows with all that was computed from them; an interval that one seed does not give is null."""
+    """The rows with everything computed from them; the interval of a single seed is null."""
     rows = []
     for row in results:
         other = _reference(results, row.task, reference)

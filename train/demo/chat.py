@@ -1,4 +1,4 @@
-"""`make demo-chat`: a small chat model, instructions, and what MELoRA does beside LoRA at equal parameters."""
+"""`make demo-chat`: a small chat model, instructions, and MELoRA beside LoRA with equally many parameters."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ from train.demo.reviews import emptied
 from train.loop.finish import finish
 from train.loop.loop import describe_stop, exit_code, run
 from train.loop.setup import prepare
-from train.report.comparison import write_comparison
+from train.report.comparison import rank_range, write_comparison
+from train.report.tables import terminal_table
 from train.run_folder.folder import Run, read_run
 
 PROMPTS = (
@@ -56,7 +57,7 @@ class Options:
     seed: int = 42
     """Seed of the adapters and of the order of rows."""
     answer_tokens: int = 60
-    """Tokens an answer has at most."""
+    """The longest answer, in tokens."""
     folder: str = "runs/demo-chat"
     """Where results go; an earlier demo there is replaced."""
 
@@ -74,7 +75,7 @@ def demo_chat(words: Sequence[str]) -> int:
         console.rule(f"{number} of {len(METHODS)}: {name}, learning rate {options.learning_rate:g}")
         experiment = prepare(_config(n, folder / part, options, model, rows))
         if not answers:
-            # An adapter begins at zero, so this is the model as it came.
+            # An adapter starts at zero, so this is the model before training.
             answers["before"] = _answers(experiment.model, model, options)
         outcome = run(experiment)
         if outcome.stopped_by:
@@ -116,7 +117,7 @@ def _config(n: int, folder: Path, options: Options, model: Path, rows: Path) -> 
 
 
 def _answers(model: Any, name: Path, options: Options) -> list[str]:
-    """What the model says to each prompt, its likeliest tokens."""
+    """The model's answer to each prompt, its likeliest tokens."""
     tokenizer = read_tokenizer(str(name))
     speaker = Speaker(model, tokenizer, make_template(tokenizer, "chat"), Manner(max_new_tokens=options.answer_tokens))
     answers = speaker.answer([speaker.prompt_ids(Conversation((Turn("user", prompt),))) for prompt in PROMPTS])
@@ -126,15 +127,13 @@ def _answers(model: Any, name: Path, options: Options) -> list[str]:
 
 
 def _table(runs: dict[str, Run]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for header in ("method", "adapter parameters", "ΔW rank", "loss before", "loss after", "seconds"):
-        table.add_column(header, justify="left" if header == "method" else "right")
+    headers = ("method", "adapter parameters", "ΔW rank", "loss before", "loss after", "seconds")
+    rows = []
     for name, one in runs.items():
-        ranks = " to ".join(map(str, dict.fromkeys([one.ranks[0], one.ranks[-1]])))
         first, best = one.evaluations[0]["loss"], (one.best or {})["loss"]
         seconds = float(one.last["seconds"])
-        table.add_row(name, f"{one.adapter:,}", ranks, f"{first:.4f}", f"{best:.4f}", f"{seconds:.0f}")
-    return table
+        rows.append([name, f"{one.adapter:,}", rank_range(one), f"{first:.4f}", f"{best:.4f}", f"{seconds:.0f}"])
+    return terminal_table(headers, rows)
 
 
 def _show(console: Console, answers: Answers) -> None:

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from rich import box
 from rich.table import Table
-from rich.text import Text
 
 import melora_jax as mj
+from train.report.tables import terminal_table
 from train.run_folder.log import replace_text
 
 _PACKAGES = ("lm_eval", "jax", "jaxlib", "flax", "transformers", "datasets", "numpy")
@@ -50,7 +49,7 @@ class Score(NamedTuple):
 
 
 def scores(report: Report) -> Iterator[Score]:
-    """Each task's and group's metrics. One that is made by a filter of the answers has the filter's name behind it."""
+    """Each task's and group's metrics; a metric of filtered answers is followed by the filter's name."""
     tables = {**report.found["results"], **report.found.get("groups", {})}
     for task, values in tables.items():
         for key, value in values.items():
@@ -64,15 +63,12 @@ def scores(report: Report) -> Iterator[Score]:
 
 def results_table(report: Report) -> Table:
     """Task, shots, rows, metric, value and standard error."""
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    for header in ("task", "shots", "rows", "metric", "value", "stderr"):
-        table.add_column(header, justify="left" if header in ("task", "metric") else "right")
-    shots, rows = report.found["n-shot"], report.found["n-samples"]
+    shots, counts = report.found["n-shot"], report.found["n-samples"]
+    rows = []
     for task, metric, value, error in scores(report):
-        shown = str(shots.get(task, "")), f"{rows[task]['effective']:,}" if task in rows else ""
-        cells = (task, *shown, metric, f"{value:.4f}", "" if error is None else f"± {error:.4f}")
-        table.add_row(*map(Text, cells))
-    return table
+        shown = str(shots.get(task, "")), f"{counts[task]['effective']:,}" if task in counts else ""
+        rows.append([task, *shown, metric, f"{value:.4f}", "" if error is None else f"± {error:.4f}"])
+    return terminal_table(("task", "shots", "rows", "metric", "value", "stderr"), rows, text_columns=(0, 3))
 
 
 def write_results(report: Report, folder: Path) -> Path:

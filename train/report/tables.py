@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -26,14 +27,8 @@ def terminal_table(
       title: above the table.
       widths: of the columns; by default what the cells need. Longer cells are folded.
     """
-    table = Table(
-        title=title,
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        header_style="bold",
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
+    look: dict[str, Any] = {"box": box.SIMPLE_HEAD, "header_style": "bold", "show_edge": False, "pad_edge": False}
+    table = Table(title=title, title_justify="left", padding=(0, 1, 0, 0), **look)
     for place, header in enumerate(headers):
         table.add_column(
             Text(header),

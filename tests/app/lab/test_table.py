@@ -148,7 +148,7 @@ def test_a_dry_run_counts_llama_2_7b_as_the_paper_does(capsys: pytest.CaptureFix
         ({"rates": ["-1", "1e-3"]}, "optim.learning_rate=-1.0 must be above 0"),
         ({"held-back": ["0"]}, "data.held_back=0 must be at least 1"),
         ({"methods": ["melora:n=0"]}, "melora:n=0: "),
-        ({"reference": ["full"]}, "--reference full is none of the methods; choose from lora:r=2,"),
+        ({"reference": ["full"]}, "--reference full is not one of the methods; choose from lora:r=2,"),
     ],
 )
 def test_bad_input_is_told_before_any_run(

@@ -6,7 +6,7 @@ In the page a line `<!-- bench NAME.json -->` begins what is written from that f
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from rich.table import Table
 
 from train.lab.bench.plot import plot_path
 from train.lab.bench.record import Record, Row, Run, load
+from train.report.tables import markdown_table, terminal_table
 from train.run_folder.log import replace_text
 
 HEADERS = (
@@ -33,7 +34,7 @@ _BLOCK = re.compile(r"(<!-- bench (\S+\.json) -->\n).*?(<!-- end -->)", re.DOTAL
 
 
 def heading(record: Record) -> str:
-    """What a record is of."""
+    """What a record measures: model, task, rows, dtype and adapted layers."""
     subject = record.subject
     model = subject["model"] or f"random weights {subject['width']} wide, {subject['depth']} layers"
     rows = f"{subject['batch_size']} x {subject['length']} tokens, {subject['dtype']}"
@@ -69,7 +70,7 @@ def compile_cells(row: dict[str, Any]) -> list[str]:
 
 
 def tables(run: Run) -> list[tuple[str, tuple[str, ...], list[list[str]]]]:
-    """Each table's heading, headers and cells; columns that are empty are left out."""
+    """Each table's heading, headers and cells; empty columns are left out."""
     found = []
     for record in run.records:
         rows = [cells_of(record, row, run.machine["device"]) for row in record.rows]
@@ -88,31 +89,17 @@ def tables(run: Run) -> list[tuple[str, tuple[str, ...], list[list[str]]]]:
 
 def screen_tables(run: Run) -> list[Table]:
     """The tables for the screen."""
-    made = []
-    for title, headers, rows in tables(run):
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-        for place, header in enumerate(headers):
-            table.add_column(header, justify="left" if place == 0 else "right", no_wrap=place == 0)
-        for cells in rows:
-            table.add_row(*cells)
-        made.append(table)
-    return made
+    return [terminal_table(headers, rows, title=title) for title, headers, rows in tables(run)]
 
 
 def markdown(run: Run, figure: str | None) -> str:
     """A run's tables, machine and figure."""
     parts = [f"### {run.title}", _machine(run.machine)]
     for title, headers, rows in tables(run):
-        rule = ["---", *["---:"] * (len(headers) - 1)]
-        lines = [_line(cells) for cells in (headers, rule, *rows)]
-        parts += [f"{title}:", "\n".join(lines)]
+        parts += [f"{title}:", markdown_table(headers, rows)]
     if figure:
         parts.append(f"![{run.title}]({figure})")
     return "\n\n".join(parts) + "\n"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _machine(machine: dict[str, Any]) -> str:
@@ -121,10 +108,10 @@ def _machine(machine: dict[str, Any]) -> str:
 
 
 def write_page(page: Path, results: Path, say: Callable[[str], None]) -> None:
-    """Puts the tables of each result that a page names between its marks.
+    """Writes the tables of each result that a page names between its marks.
 
     Raises:
-      ValueError: the page has no marks, or a file that it names is no result.
+      ValueError: the page has no marks, or a file that it names is not a result.
       FileNotFoundError: the page, or a file that it names, is not there.
     """
     text = page.read_text()

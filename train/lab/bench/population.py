@@ -15,7 +15,6 @@ import tyro
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
-from rich.table import Table
 
 import melora_jax as mj
 from melora_jax.training import make_members, make_population_step, member_state, population_state
@@ -23,6 +22,7 @@ from train.assets.assets import assets_cache, fetch_minilm
 from train.lab.bench.steps import Bench
 from train.loop.losses import make_loss, measurer
 from train.loop.population_experiment import as_many_as_pay
+from train.report.tables import terminal_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +42,11 @@ class Options:
     r: int = 1
     """Rank of one mini-adapter."""
     at_once: int | None = None
-    """Members whose activations are in memory at a time; by default all, and on CPU as many as pay."""
+    """Members whose activations are in memory at a time; by default all, and on CPU as many as make it faster."""
     dropout: float = 0.0
-    """Of the adapters; the model's own is as its config.json has it."""
+    """Of the adapters; the model's own dropout is set by its config.json."""
     steps: int = 100
-    """Steps of a run, of which compiling is counted as a part."""
+    """Steps of the run whose total time, compiling included, the last ratio compares."""
     rounds: int = 7
     """Rounds; in each, both take one turn."""
     targets: tuple[str, ...] = ("query", "value")
@@ -55,7 +55,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Timed:
-    """Seconds of each round, and those before a first step: tracing, and compiling (`again`: found in the cache)."""
+    """Seconds of each round, and those before a first step: tracing and compiling (`again`: read from the cache)."""
 
     alone: list[float]
     together: list[float]
@@ -64,11 +64,11 @@ class Timed:
     ready_together: float
 
     def ratio(self, members: int) -> float:
-        """How many times the population's time its members alone take: the median of the paired rounds."""
+        """The time of all members one after another over the population's time: the median of paired rounds."""
         return statistics.median(members * a / b for a, b in zip(self.alone, self.together, strict=True))
 
     def ratio_with_start(self, members: int, steps: int) -> float:
-        """The same of runs of `steps` steps, compiling counted: one program against one and its reuses."""
+        """The same for runs of `steps` steps with compiling: members alone compile once, then use the cache."""
         alone, together = statistics.median(self.alone), statistics.median(self.together)
         starts = self.ready_alone + (members - 1) * self.again_alone
         return (starts + members * steps * alone) / (self.ready_together + steps * together)
@@ -82,27 +82,30 @@ def bench_population(words: Sequence[str]) -> int:
     model = options.model or str(fetch_minilm(assets_cache()))
     console, device = Console(), jax.local_devices()[0].device_kind
     title = f"{options.members} members, rows of {options.length} tokens, {device}, jax {jax.__version__}"
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     with_start = f"ratio, {options.steps} steps and compiling"
     headers = ["rows", "at a time", "alone ms", "together ms", "ratio", with_start]
-    for header in [*headers, "ready alone s", "again s", "ready together s"]:
-        table.add_column(header, justify="right")
-    for rows in options.batch_sizes:
-        console.print(f"compiling for {rows} rows a member ...")
-        bench = Bench(model, "classification", rows, options.length, options.targets, "float32")
-        timed = _time(bench, options)
-        alone, together = (1e3 * statistics.median(one) for one in (timed.alone, timed.together))
-        ratios = (timed.ratio(options.members), timed.ratio_with_start(options.members, options.steps))
-        ready = (timed.ready_alone, timed.again_alone, timed.ready_together)
-        cells = [
-            str(_at_once(bench, options)),
-            f"{alone:.1f}",
-            f"{together:.1f}",
-            *(f"{ratio:.2f}" for ratio in ratios),
-        ]
-        table.add_row(str(rows), *cells, *(f"{seconds:.1f}" for seconds in ready))
-    console.print(table)
+    headers += ["ready alone s", "again s", "ready together s"]
+    rows = []
+    for size in options.batch_sizes:
+        console.print(f"compiling for {size} rows a member ...")
+        bench = Bench(model, "classification", size, options.length, options.targets, "float32")
+        rows.append(_cells(bench, options, _time(bench, options)))
+    console.print(terminal_table(headers, rows, text_columns=(), title=title))
     return 0
+
+
+def _cells(bench: Bench, options: Options, timed: Timed) -> list[str]:
+    alone, together = (1e3 * statistics.median(one) for one in (timed.alone, timed.together))
+    ratios = (timed.ratio(options.members), timed.ratio_with_start(options.members, options.steps))
+    ready = (timed.ready_alone, timed.again_alone, timed.ready_together)
+    return [
+        str(bench.batch_size),
+        str(_at_once(bench, options)),
+        f"{alone:.1f}",
+        f"{together:.1f}",
+        *(f"{ratio:.2f}" for ratio in ratios),
+        *(f"{seconds:.1f}" for seconds in ready),
+    ]
 
 
 def _time(bench: Bench, options: Options) -> Timed:
@@ -143,7 +146,7 @@ def _models(bench: Bench, options: Options) -> list[Any]:
 
 
 def _compiled(step: Any, state: Any, frozen: Any, batch: Any, key: Any) -> tuple[float, float, Callable[[], None]]:
-    """Seconds to be ready without and with the program in XLA's cache, and what takes a step on from the last."""
+    """Seconds until ready without and with the program in XLA's cache, and a function that takes the next step."""
 
     def ready() -> tuple[float, Any]:
         jax.clear_caches()
@@ -166,7 +169,7 @@ def _compiled(step: Any, state: Any, frozen: Any, batch: Any, key: Any) -> tuple
 
 @contextlib.contextmanager
 def _empty_cache() -> Iterator[None]:
-    """XLA keeps what it compiles in an empty folder, and not where it did."""
+    """Points XLA's cache of compiled programs at an empty folder."""
     before: str | None = jax.config.values["jax_compilation_cache_dir"]
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -178,4 +181,4 @@ def _empty_cache() -> Iterator[None]:
 
 def _keep_in(folder: str | None) -> None:
     jax.config.update("jax_compilation_cache_dir", folder)
-    compilation_cache.reset_cache()  # else the process stays with the folder that it began with
+    compilation_cache.reset_cache()  # else the process keeps using its first folder

@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
 from train.lab.tables.results import Result
 from train.lab.tables.studies import STUDIES, Curve, Study, curves
+from train.report.figures import INK, look, new_figure, png_from_figure
 from train.run_folder.log import replace_bytes
 
-_STYLE: dict[Any, Any] = {
-    "font.size": 9.0,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
-_DPI = 130
-_SYMBOLS = "osD^vP*X<>ph"
+_PANEL = (340, 280)  # pixels
+_MOST_COLUMNS = 4
 
 
 def draw_studies(folder: Path, results: Sequence[Result]) -> dict[str, str]:
@@ -53,33 +41,23 @@ def draw_studies(folder: Path, results: Sequence[Result]) -> dict[str, str]:
 def _draw(path: Path, results: Sequence[Result], panel: Callable[[Axes, str], None]) -> None:
     """One panel a task, side by side."""
     tasks = list(dict.fromkeys(row.task for row in results))
-    with _new_figure(len(tasks)) as (figure, panels):
-        for axes, task in zip(panels, tasks, strict=True):
-            axes.set_title(task, loc="left")
+    columns = min(len(tasks), _MOST_COLUMNS)
+    lines = math.ceil(len(tasks) / columns)
+    with new_figure(_PANEL[0] * columns, _PANEL[1] * lines) as figure:
+        panels = figure.subplots(lines, columns, squeeze=False).ravel()
+        for axes in panels[len(tasks) :]:
+            axes.set_axis_off()
+        for axes, task in zip(panels, tasks, strict=False):
+            axes.set_title(task)
             panel(axes, task)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, dpi=_DPI, format="png", metadata={"Software": None})
-        replace_bytes(path, buffer.getvalue())
-
-
-@contextlib.contextmanager
-def _new_figure(count: int) -> Iterator[tuple[Figure, list[Axes]]]:
-    with mpl.rc_context(_STYLE):
-        columns = min(count, 4)
-        lines = math.ceil(count / columns)
-        figure = Figure(figsize=(1.0 + 3.2 * columns, 2.9 * lines), layout="constrained")
-        FigureCanvasAgg(figure)
-        grid = figure.subplots(lines, columns, squeeze=False).ravel()
-        for unused in grid[count:]:
-            unused.set_axis_off()
-        yield figure, list(grid[:count])
+        replace_bytes(path, png_from_figure(figure))
 
 
 def _curves(axes: Axes, task: str, study: Study, found: Sequence[Curve]) -> None:
     drawn = [curve for curve in found if curve.task == task]
     for number, curve in enumerate(drawn):
         x = [study.x(row) for row in curve.rows]
-        _points(axes, x, curve.rows, label=curve.label, fmt=f"{_SYMBOLS[number % len(_SYMBOLS)]}-")
+        _points(axes, x, curve.rows, number, curve.label, line=True)
     _logarithmic(axes, sorted({study.x(row) for curve in drawn for row in curve.rows}))
     axes.set_xlabel({"n": "minis n", "r": "rank r of a mini"}[study.symbol])
     _finish(axes, drawn[0].rows if drawn else ())
@@ -88,7 +66,7 @@ def _curves(axes: Axes, task: str, study: Study, found: Sequence[Curve]) -> None
 def _by_rank(axes: Axes, task: str, rows: Sequence[Result]) -> None:
     own = [row for row in rows if row.task == task]
     for number, row in enumerate(own):
-        _points(axes, [row.rank], [row], label=row.word, fmt=_SYMBOLS[number % len(_SYMBOLS)])
+        _points(axes, [row.rank], [row], number, row.word)
     _logarithmic(axes, sorted({row.rank for row in own}))
     axes.set_xlabel("rank of the update, at most")
     _finish(axes, own)
@@ -97,9 +75,9 @@ def _by_rank(axes: Axes, task: str, rows: Sequence[Result]) -> None:
 def _pareto(axes: Axes, task: str, rows: Sequence[Result]) -> None:
     own = sorted((row for row in rows if row.task == task), key=lambda row: row.parameters)
     front = [row for number, row in enumerate(own) if all(row.score.mean > less.score.mean for less in own[:number])]
-    axes.plot([row.parameters for row in front], [row.score.mean for row in front], "-", color="0.75", zorder=0)
+    axes.plot([row.parameters for row in front], [row.score.mean for row in front], color=INK, linewidth=1.0, zorder=0)
     for number, row in enumerate(own):
-        _points(axes, [row.parameters], [row], label=row.word, fmt=_SYMBOLS[number % len(_SYMBOLS)])
+        _points(axes, [row.parameters], [row], number, row.word)
     least = min((row.parameters for row in own if row.parameters), default=1)
     axes.set_xscale("symlog", linthresh=least)
     axes.set_xlabel("adapter parameters")
@@ -109,19 +87,33 @@ def _pareto(axes: Axes, task: str, rows: Sequence[Result]) -> None:
 def _effective(axes: Axes, task: str, rows: Sequence[Result]) -> None:
     own = [row for row in rows if row.task == task]
     largest = max((row.rank for row in own), default=1)
-    axes.plot([1, largest], [1, largest], "--", color="0.75", zorder=0)
+    axes.plot([1, largest], [1, largest], "--", color=INK, linewidth=1.0, zorder=0)
     for number, row in enumerate(own):
-        axes.plot([row.rank], [row.effective or 0.0], _SYMBOLS[number % len(_SYMBOLS)], label=row.word)
+        style = look(number)
+        axes.plot([row.rank], [row.effective or 0.0], style.marker, color=style.colour, label=row.word)
     _logarithmic(axes, sorted({row.rank for row in own}))
     axes.set_xlabel("rank of the update, at most")
     axes.set_ylabel("effective rank")
     if own:
-        axes.legend(fontsize=6.5)
+        axes.legend()
 
 
-def _points(axes: Axes, x: Sequence[int], rows: Sequence[Result], label: str, fmt: str) -> None:
-    half = [0.0 if math.isnan(row.score.half) else row.score.half for row in rows]
-    axes.errorbar(x, [row.score.mean for row in rows], yerr=half, fmt=fmt, capsize=3, label=label, markersize=5)
+def _points(
+    axes: Axes, x: Sequence[int], rows: Sequence[Result], number: int, label: str, *, line: bool = False
+) -> None:
+    """Scores with their intervals, in the look of the series `number`."""
+    style = look(number)
+    axes.errorbar(
+        x,
+        [row.score.mean for row in rows],
+        yerr=[0.0 if math.isnan(row.score.half) else row.score.half for row in rows],
+        marker=style.marker,
+        color=style.colour,
+        linestyle=style.line if line else "none",
+        elinewidth=1.0,
+        capsize=3,
+        label=label,
+    )
 
 
 def _logarithmic(axes: Axes, ticks: Sequence[int]) -> None:
@@ -134,4 +126,4 @@ def _logarithmic(axes: Axes, ticks: Sequence[int]) -> None:
 def _finish(axes: Axes, rows: Sequence[Result]) -> None:
     if rows:
         axes.set_ylabel(rows[0].metric)
-        axes.legend(fontsize=6.5)
+        axes.legend()
