@@ -16,8 +16,8 @@ from melora_jax.generation import NewTokens, stream
 from train.chat.text_stream import TextStream
 from train.config.recipe import read_recipe
 from train.data.conversations import Conversation
-from train.data.instruct import encode_prompt
 from train.data.templates import ChatTemplate, Template, make_template
+from train.data.tokens import encode_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

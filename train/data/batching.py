@@ -1,4 +1,4 @@
-"""Which rows make a batch, and the arrays of it: static shapes, order by (seed, step), no iterator state."""
+"""Which rows make a batch, and its arrays: static shapes, an order set by (seed, step), no iterator state."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ import numpy as np
 from train.data.tokens import Tokens
 
 Batch = dict[str, Any]  # the arrays of a step by name
-# Batches sorted by length together. Real tokens of those computed, at batch 32 and the default widths: 0.86 for
-# movie-review sentences and RTE, 0.73 for SST-2; in pools of 8, 0.77, 0.73, 0.61; in one pool of all, 0.88, 0.88, 0.76.
+# Batches whose rows are sorted by length together: a larger pool pads less, and mixes lengths less.
 POOL = 50
-# In place of what another process holds: less than any token id, so that the largest that a process says of a place is
-# what stands there.
+# Stands for what another process holds. It is less than any token id, so the largest value that any process has for a
+# place is the right one.
 ABSENT = -1
 
 
@@ -27,7 +26,7 @@ class BatchRows(NamedTuple):
 
     @property
     def places(self) -> int:
-        """Rows of the batch, those without content counted."""
+        """Rows of the batch, empty ones included."""
         return len(self.indices)
 
 
@@ -44,12 +43,12 @@ class BatchPlan:
     """Training batches: step → rows and width, a pure function of (seed, step).
 
     An epoch shuffles all rows, sorts pools of `POOL` batches by length, cuts them into batches and shuffles those.
-    Every row comes once an epoch; batches differ by one row at most, and places left over are marked -1.
-    Random numbers are the raw words of Philox, which NumPy keeps the same over versions and machines.
+    Every row comes once an epoch. Batches differ by at most one row; empty places are marked -1. Random numbers are the
+    raw words of Philox, which NumPy keeps the same across versions and machines.
 
     Args:
       lengths: tokens of each row, int [rows].
-      batch_size: places a batch.
+      batch_size: places in a batch.
       buckets: rising widths, from `bucket_widths`.
       seed: of the order.
 
@@ -65,7 +64,7 @@ class BatchPlan:
         _check_lengths(lengths, buckets)
         self._lengths, self._batch_size, self._buckets, self._seed = lengths, batch_size, tuple(buckets), seed
         self.steps_per_epoch = -(-len(lengths) // batch_size)
-        # The longest row of a batch sets its width, so no width without a row of its own can occur.
+        # The longest row of a batch sets its width, so only widths that some row needs can occur.
         self.widths = tuple(sorted({_width(int(length), self._buckets) for length in np.unique(lengths)}))
         self._epoch = functools.lru_cache(maxsize=2)(self._draw_epoch)
 
@@ -93,7 +92,7 @@ class BatchPlan:
 
 
 def eval_batches(lengths: np.ndarray, batch_size: int, buckets: Sequence[int]) -> list[BatchRows]:
-    """Batches that hold every row once, the longest first, so that memory runs out at once or never.
+    """Batches that hold every row once, the longest first, so that memory runs out in the first batch or never.
 
     Raises:
       ValueError: no rows, or a row longer than the last bucket.
@@ -112,13 +111,13 @@ def make_batch(
     Args:
       tokens: ragged token ids of all rows.
       labels: int32 or float32 [rows].
-      indices: [b] from a `BatchRows`; a place marked -1 repeats the batch's first row with weight 0, because a row
-        of nothing but padding would leave attention without a key.
+      indices: [b] from a `BatchRows`; a place marked -1 repeats the batch's first row with weight 0, because a
+        row of padding alone would leave attention without a key.
       width: t, tokens a row after padding.
       pad_id: the tokenizer's padding id.
 
     Returns:
-      input_ids, attention_mask and, if the model knows them, token_type_ids int32 [b, t]; labels and weight [b].
+      input_ids, attention_mask and, if the model has them, token_type_ids int32 [b, t]; labels and weight [b].
       A token of a row that another process holds is `ABSENT`.
     """
     rows = np.where(indices < 0, indices[0], indices)

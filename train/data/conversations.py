@@ -19,7 +19,7 @@ _ROLES: dict[str, Role] = {
     "assistant": "assistant",
     "gpt": "assistant",
 }
-# A turn's keys for who and what: ShareGPT's and OpenAI's.
+# The keys of a turn's speaker and text: ShareGPT's and OpenAI's.
 _TURN_KEYS = (("from", "value"), ("role", "content"))
 _TURN_COLUMNS = ("conversations", "messages")
 
@@ -33,9 +33,9 @@ class Turn(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """A system turn or none, then user and assistant by turns, the assistant last.
+    """At most one system turn, then user and assistant in turn, the assistant last.
 
-    `context` is what Alpaca rows call input, else empty; `place` is where the row stands, for errors.
+    `context` is what Alpaca rows call input, else empty; `place` names the row in errors.
     """
 
     turns: tuple[Turn, ...]
@@ -45,7 +45,7 @@ class Conversation:
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """A layout of rows: the columns it needs, the others it knows, and what makes a row's conversation of them."""
+    """A layout of rows: the columns it needs, the others it knows, and a function of a row to its conversation."""
 
     needs: tuple[str, ...]
     read: Callable[[Record], Conversation]
@@ -53,7 +53,7 @@ class Format:
 
 
 def find_format(columns: Sequence[str], source: str) -> str:
-    """The name of the one format whose columns are all there.
+    """The name of the one format whose columns are all present.
 
     Raises:
       ValueError: none, or several.
@@ -76,18 +76,18 @@ def read_conversations(
 ) -> tuple[list[Conversation], list[str]]:
     """The conversation of each row, all rows checked.
 
-    A last turn without an answer is left out, and what the format does not know is not read; notes say so.
+    A last turn without an answer is left out, and columns that the format does not know are not read; notes say so.
 
     Args:
       rows: (place, record) of each row that this process holds.
       name: of the format, a key of `FORMATS`.
-      share: what exchanges errors and counts with the other processes.
+      share: exchanges errors and counts with the other processes.
 
     Returns:
-      The conversations, and notes, on the rows of all processes, that the user should see.
+      The conversations, and notes for the user on the rows of all processes.
 
     Raises:
-      ValueError: rows that can't be used. The message names the first one's place and says how many more there are.
+      ValueError: rows that can't be used. The message names the place of the first and counts the others.
     """
     conversations, own = share.together(lambda: _read(rows, FORMATS[name]))
     counts = sum(map(Counter, share.gather(lambda: own)), Counter())
@@ -95,7 +95,7 @@ def read_conversations(
 
 
 def _read(rows: Iterable[tuple[str, Record]], form: Format) -> tuple[list[Conversation], Counter[str]]:
-    """The conversations, and how many rows there are of which there is something to say."""
+    """The conversations, and how many rows each note is about."""
     conversations: list[Conversation] = []
     problems: list[str] = []
     counts: Counter[str] = Counter()
@@ -117,7 +117,7 @@ def _read(rows: Iterable[tuple[str, Record]], form: Format) -> tuple[list[Conver
 
 
 def _unread(record: Record, form: Format) -> set[str]:
-    """The columns, and the keys of turns, that hold something and that the format does not know."""
+    """The columns, and the keys of turns, that are filled but unknown to the format."""
     unread = {f"a column {key!r}" for key in _filled(record) - {*form.needs, *form.knows}}
     if form.needs[0] in _TURN_COLUMNS:
         known = {key for keys in _TURN_KEYS for key in keys}
@@ -132,7 +132,7 @@ def _filled(record: Record) -> set[str]:
 def _alpaca(record: Record) -> Conversation:
     instruction, context = _text(record, "instruction"), record.get("input")
     if context is not None and not isinstance(context, str):
-        raise ValueError(f"input={context!r} is no text; give a string, or leave it out")
+        raise ValueError(f"input={context!r} is not text; give a string, or leave it out")
     response = _text(record, "output", "response")
     return Conversation((Turn("user", instruction), Turn("assistant", response)), context or "")
 
@@ -147,7 +147,7 @@ def _turns_of(column: str) -> Callable[[Record], Conversation]:
     def read(record: Record) -> Conversation:
         entries = record.get(column)
         if not isinstance(entries, list) or not entries:
-            raise ValueError(f"{column} is no list of turns; write [{{...}}, {{...}}]")
+            raise ValueError(f"{column} is not a list of turns; write [{{...}}, {{...}}]")
         turns = tuple(_turn(entry, f"{column}[{number}]") for number, entry in enumerate(entries))
         _check_order(turns, column)
         return Conversation(turns)
@@ -168,7 +168,7 @@ def _text(record: Record, column: str, kind: str = "text") -> str:
         raise ValueError(f"no column {column!r}; columns there: {', '.join(record)}")
     value = record[column]
     if not isinstance(value, str):
-        raise ValueError(f"{column}={value!r} is no text; give every row a string")
+        raise ValueError(f"{column}={value!r} is not text; give every row a string")
     if not value.strip():
         raise ValueError(f"{column} is an empty {kind}; fill it in, or remove the row")
     return value
@@ -183,7 +183,7 @@ def _turn(entry: Any, place: str) -> Turn:
     if not isinstance(who, str) or who not in _ROLES:
         raise ValueError(f"{place} has the unknown role {who!r}; known: {', '.join(_ROLES)}")
     if not isinstance(text, str):
-        raise ValueError(f"{place} {keys[1]}={text!r} is no text; give a string")
+        raise ValueError(f"{place} {keys[1]}={text!r} is not text; give a string")
     if not text.strip() and _ROLES[who] != "system":
         kind = "response" if _ROLES[who] == "assistant" else "turn"
         raise ValueError(f"{place} is an empty {kind}; fill it in, or remove the row")

@@ -1,4 +1,4 @@
-"""A run's rows and the batches they make, whatever the task: what a step is fed with."""
+"""A run's rows and the batches that feed its steps, for every task."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ import numpy as np
 
 from train.config.run_config import RunConfig
 from train.data.batching import Batch, BatchPlan, BatchRows, bucket_widths, eval_batches, make_batch
-from train.data.instruct import Examples, tokenize_conversations
 from train.data.instructions import load_instructions
 from train.data.labelled import Split, load_examples
 from train.data.packing import PackedRows, PackPlan, make_token_batch, packed_eval_batches
 from train.data.templates import make_template
-from train.data.tokens import Tokens, load_tokenizer, read_tokenizer, tokenize
+from train.data.tokens import Examples, Tokens, load_tokenizer, read_tokenizer, tokenize, tokenize_conversations
 from train.hosts.shares import ALONE, Share
 
-# What only rows that hold several examples need: else the model sees to order and positions by itself, and padding
-# comes last, where no token looks.
+# Only rows of several examples need these: in others the model derives order and positions itself, and padding comes
+# last, where no token attends to it.
 _OF_PACKED_ROWS = ("segment_ids", "position_ids")
 _TOKENIZER = "the tokenizer"
 
@@ -34,7 +33,7 @@ class Rows(Protocol):
         ...
 
     def batch(self, rows: Any) -> Batch:
-        """The arrays of a batch, as far as this process holds its rows."""
+        """The arrays of a batch, with the rows that this process holds."""
         ...
 
     def examples(self, rows: Any) -> np.ndarray:
@@ -59,11 +58,11 @@ class Plan(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Material:
-    """What a run trains on and is evaluated on. `notes` are lines that the user should see before it starts.
+    """The data that a run trains on and is evaluated on; `notes` are lines for the user before it starts.
 
     Attributes:
-      labels: of the held-out rows; None where a task has none but the text.
-      num_labels: how many classes there are; None as for `labels`.
+      labels: of the held-out rows; None for a task whose labels are the text itself.
+      num_labels: how many classes there are; None in the same case.
       most_id: the largest token id.
     """
 
@@ -98,7 +97,7 @@ class LabelledRows:
 
 @dataclasses.dataclass(frozen=True)
 class TokenRows:
-    """Texts to be written, one or, packed, several a row."""
+    """Texts that the model learns to write: one a row, or several if packed."""
 
     tokens: Examples
     pad_id: int
@@ -123,7 +122,7 @@ def read_material(config: RunConfig, share: Share = ALONE) -> Material:
     """Reads and tokenises the data of a run, or this process's share, and plans its batches.
 
     Raises:
-      ValueError: whatever is wrong with the data or the tokenizer; or several processes have different ones.
+      ValueError: the data or the tokenizer can't be used, or differs between processes.
     """
     return (_instructions if config.model.task == "causal-lm" else _labelled)(config, share)
 
@@ -132,7 +131,7 @@ def _labelled(config: RunConfig, share: Share) -> Material:
     dataset = load_examples(config.data, config.model.task, share)
     tokenizer = share.together(lambda: load_tokenizer(config.model.name))
     share.agree(_TOKENIZER, lambda: _fingerprint(tokenizer))
-    pad_id: Any = tokenizer.pad_token_id  # an int: `load_tokenizer` saw to it
+    pad_id: Any = tokenizer.pad_token_id  # an int, which `load_tokenizer` checks
     notes = [*dataset.notes]
 
     def rows(split: Split, name: str) -> LabelledRows:
@@ -179,7 +178,7 @@ def _instructions(config: RunConfig, share: Share) -> Material:
 
 
 def _padding_of(tokenizer: Any) -> int:
-    """Padding is never looked at, so any id does for a tokenizer without one."""
+    """The padding id; no token attends to padding, so a tokenizer without one can use any id."""
     return 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
 
 
@@ -189,7 +188,7 @@ def _largest(share: Share, *splits: Sequence[np.ndarray | None]) -> int:
 
 
 def _fingerprint(tokenizer: Any) -> str:
-    """What tells tokenizers apart."""
+    """A digest that tells tokenizers apart."""
     parts = sorted(tokenizer.get_vocab().items()), tokenizer.chat_template, tokenizer.pad_token_id
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else ""
     return hashlib.sha256(f"{parts}{backend}".encode()).hexdigest()

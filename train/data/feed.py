@@ -1,4 +1,4 @@
-"""Batches on their way to the devices: put together from the rows that each process holds."""
+"""Batches on their way to the devices, assembled from the rows that each process holds."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ Feed = Callable[[Rows, Any], Batch]
 def make_feed(mesh: Mesh | None) -> Feed:
     """A function of a split's rows and those of one batch to its arrays: on `mesh`, or on the host without one.
 
-    With several processes all must call it for the same batch: each says what it holds of it (see `train.shares`), and
-    gets the rows that belong on its devices.
+    With several processes, all must call it for the same batch: each contributes what it holds (see
+    `train.hosts.shares`) and gets the rows that belong on its devices.
     """
     if mesh is None:
         return lambda source, rows: source.batch(rows)
@@ -31,10 +31,10 @@ def make_feed(mesh: Mesh | None) -> Feed:
 
 
 def make_exchange(mesh: Mesh, here: int) -> Callable[[Batch], Batch]:
-    """A function of what this process, with `here` of the mesh's devices, knows of a batch to the whole, on `mesh`.
+    """A function of this process's part of a batch to the whole batch, on `mesh`; `here` counts its own devices.
 
-    Each place of a batch is known to a process at least, and is less where it is not known (`train.batching.ABSENT`, or
-    0 for a weight): the whole is the largest that any says.
+    At least one process knows each place of a batch; the others have a lesser value there, `ABSENT`, or 0 for a weight.
+    The whole is the largest value of each place.
     """
     one_a_device = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 

@@ -1,4 +1,4 @@
-"""Where instruction data comes from: local files or a hub data set, with held-out rows of their own or drawn."""
+"""Instruction data from local files or the hub, with held-out rows of its own or drawn from the training rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PlacedRows = list[tuple[str, dict[str, Any]]]
 
 @dataclasses.dataclass(frozen=True)
 class Instructions:
-    """Training and held-out conversations; `notes` are lines that the user should see.
+    """Training and held-out conversations; `notes` are lines for the user.
 
     A conversation that another process holds is None.
     """
@@ -42,14 +42,14 @@ def load_instructions(
 
     Args:
       config: where the rows are (`name`, `subset`, `validation_split`; or `train`, `validation`), and the limits.
-      form: the rows' format, a key of `train.conversations.FORMATS`; by default the one that fits the columns.
-      held_out: draw so many training rows to hold out, instead of reading others.
+      form: the rows' format, a key of `train.data.conversations.FORMATS`; by default the one that fits the columns.
+      held_out: how many training rows to draw and hold out, instead of reading a held-out split.
       seed: of that draw; with 42 the authors' `train_test_split(test_size=held_out, shuffle=True, seed=42)`.
       share: the part of the rows that this process reads.
 
     Raises:
-      ValueError: hub not in reach, no such data set, split or file, columns of no format, a row that can't be used, or
-        too few rows to hold out so many.
+      ValueError: the hub is not in reach; there is no such data set, split or file; the columns fit no format; a row
+        can't be used; or there are too few rows to hold out `held_out`.
     """
     if form is not None and form not in FORMATS:
         raise ValueError(f"there is no format {form!r} of instruction data; choose from {', '.join(FORMATS)}")
@@ -75,10 +75,10 @@ def load_instructions(
 
 
 def hold_out(rows: Sequence[T], count: int, seed: int, source: str) -> tuple[list[T], list[T]]:
-    """(the other rows, `count` rows), both in an order drawn from `seed` as `datasets.train_test_split` draws it.
+    """(the other rows, `count` rows), both in the order that `datasets.train_test_split` draws from `seed`.
 
     Raises:
-      ValueError: not both parts would have a row.
+      ValueError: one of the parts would be empty.
     """
     if not 0 < count < len(rows):
         raise ValueError(f"{count:,} rows can't be held out of the {len(rows):,} of {source}; choose fewer, at least 1")

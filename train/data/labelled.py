@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Split:
     """Rows: one or two text columns of equal length, and labels int32 (class) or float32 (value) [rows].
 
-    A text that another process holds is None here; labels are known to all.
+    A text that another process holds is None; every process knows all labels.
     """
 
     texts: tuple[list[str | None], ...]
@@ -40,7 +40,7 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Training and held-out rows. `label_names` is empty for regression; `notes` are lines the user should see."""
+    """Training and held-out rows. `label_names` is empty for regression; `notes` are lines for the user."""
 
     train: Split
     validation: Split
@@ -57,13 +57,13 @@ def load_examples(config: DataConfig, task: str, share: Share = ALONE) -> Datase
     """The data set of a run, every row checked before any is used.
 
     Args:
-      config: where the rows are, and which columns.
+      config: where the rows are, and which columns hold texts and labels.
       task: "classification" or "regression".
       share: the part of the rows that this process reads.
 
     Raises:
-      ValueError: hub not in reach, no such data set, split, file or column, no rows, text or labels that can't be used;
-        the message names the row and the remedy.
+      ValueError: the hub is not in reach; there is no such data set, split, file or column; there are no rows; or a
+        text or label can't be used. The message names the row and the remedy.
     """
     glue = glue_task(config.name)
     texts = config.text or (glue.text if glue else ("text",))
@@ -99,7 +99,7 @@ def _split(table: Table, texts: Sequence[str], labels: np.ndarray, share: Share)
 
 
 def _held_back(train: Split, count: int, source: str) -> list[Split]:
-    """The training rows without `count` of them, and these: the same whatever the run's seed is."""
+    """The training rows without `count` of them, and those `count`: the same for every seed of a run."""
     if count >= len(train):
         raise ValueError(f"{source}: data.held_back={count} leaves none of {len(train)} rows to train on; lower it")
     drawn = np.random.default_rng(0).permutation(len(train))
@@ -118,14 +118,14 @@ def _values_of_all(table: Table, column: str, share: Share) -> np.ndarray:
 
 
 def _words_of_all(table: Table, column: str, share: Share) -> Table:
-    """The labels of every process's rows as words, and where these rows stand."""
+    """The labels of every process's rows as words, with the places of the rows."""
     parts: Any = share.gather(lambda: [label_words(table, column), [*table.numbers]])
     words, numbers = (list(itertools.chain.from_iterable(part)) for part in zip(*parts, strict=True))
     return Table(table.source, {column: words}, table.unit, numbers)
 
 
 def _check_texts(table: Table, columns: Sequence[str], share: Share) -> str | None:
-    """Raises where a text is no string; returns a note where some are empty."""
+    """Raises if a text is not a string; returns a note if some are empty."""
     empty = sum(share.gather(lambda: _count_empty(table, columns)))
     return f"{table.source}: {empty:,} empty texts in {', '.join(columns)}" if empty else None
 
@@ -135,7 +135,7 @@ def _count_empty(table: Table, columns: Sequence[str]) -> int:
     for column in columns:
         for row, value in enumerate(table.columns[column]):
             if not isinstance(value, str):
-                raise ValueError(f"{table.where(row)}: {column}={value!r} is no text; give every row a string")
+                raise ValueError(f"{table.where(row)}: {column}={value!r} is not text; give every row a string")
             empty += not value.strip()
     return empty
 
@@ -190,10 +190,10 @@ def _hub_table(source: str, split: Any, columns: Sequence[str], share: Share) ->
 
 
 def rows_of_split(source: str, split: Any, share: Share) -> range:
-    """This process's rows of a hub data set's split, of which no others are read.
+    """This process's rows of a hub data set's split; no others are read.
 
     Raises:
-      ValueError: there are none, or other processes have another split.
+      ValueError: the split is empty, or differs between processes.
     """
     if not len(split):
         raise ValueError(f"{source} holds no rows; choose another split")

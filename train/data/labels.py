@@ -1,4 +1,4 @@
-"""Labels as the data set holds them → class numbers or values, checked."""
+"""Labels as the data set has them → checked class numbers or values."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def regression_values(table: Table, column: str) -> np.ndarray:
     """The column as float32 [rows].
 
     Raises:
-      ValueError: a value that is no finite number, with its place.
+      ValueError: a value that is not a finite number, with its place.
     """
     values = np.empty(len(table), np.float32)
     for row, value in enumerate(table.columns[column]):
         number = _number(value)
         if not abs(number) <= _LARGEST:
             raise ValueError(
-                f"{table.where(row)}: {column}={value!r} is no finite number, which regression needs; mend it"
+                f"{table.where(row)}: {column}={value!r} is not a finite number, which regression needs; correct it"
             )
         values[row] = number
     return values
@@ -46,8 +46,8 @@ def regression_values(table: Table, column: str) -> np.ndarray:
 def find_classes(table: Table, column: str, names: Sequence[str]) -> Classes:
     """The classes of the training rows.
 
-    With names, a label is a name or, if not all are, a number into them. Without, whole numbers count from 0, and other
-    words are numbered in sorted order, which the note says.
+    With names, each label is a name, or, if not all are names, an index into them. Without names, whole numbers count
+    from 0, and other words are numbered in sorted order, which the note says.
 
     Args:
       table: the training rows.
@@ -55,7 +55,7 @@ def find_classes(table: Table, column: str, names: Sequence[str]) -> Classes:
       names: class names in order; empty if not known.
 
     Raises:
-      ValueError: labels that fit neither, or fewer than two classes.
+      ValueError: labels that are neither, or fewer than two classes.
     """
     words = label_words(table, column)
     distinct = set(words)
@@ -122,7 +122,7 @@ def _check_known(
     for row, word in enumerate(words):
         if word in numbers:
             continue
-        problem = f"is none of the {len(names)} classes {_listed(names)}; mend it, or list it in data.label_names"
+        problem = f"is not one of the {len(names)} classes {_listed(names)}; correct it, or list it in data.label_names"
         if word == "-1":
             problem = "is Hugging Face's mark of a hidden label; choose a labelled split (data.validation_split)"
         raise ValueError(f"{table.where(row)}: {column}={word!r} {problem}")

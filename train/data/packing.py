@@ -1,4 +1,4 @@
-"""Examples packed into rows of one width, none seeing another: which go where, and the arrays of a batch of them."""
+"""Examples packed into rows of one width, each hidden from the others: the plan of rows, and the arrays of a batch."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from typing import NamedTuple
 import numpy as np
 
 from train.data.batching import ABSENT, BatchRows
-from train.data.instruct import Examples
+from train.data.tokens import Examples
 
 
 class PackedRows(NamedTuple):
-    """The rows of one batch: the examples of each, first to last, none for a place without; `width` in tokens."""
+    """The rows of one batch: the examples of each in order, none in an empty place; `width` in tokens."""
 
     rows: tuple[tuple[int, ...], ...]
     width: int
 
     @property
     def places(self) -> int:
-        """Rows of the batch, those without content counted."""
+        """Rows of the batch, empty ones included."""
         return len(self.rows)
 
 
 class PackPlan:
     """Training batches of packed rows: step → examples of each row, a pure function of (seed, step).
 
-    Rows are filled by best fit, the longest examples first, so that lengths alone tell how many rows there are. In each
-    epoch, which examples of a length stand where, and the order of rows, are drawn anew. Every example comes once an
-    epoch; batches differ by one row at most. Random numbers are drawn as in `train.batching.BatchPlan`.
+    Rows are filled by best fit, the longest examples first, so the lengths alone decide how many rows there are. Each
+    epoch draws the order of rows, and which of the examples of equal length go where. Every example comes once an
+    epoch; batches differ by at most one row. Random numbers are drawn as in `train.data.batching.BatchPlan`.
 
     Args:
       lengths: tokens of each example, int [examples].
@@ -58,7 +58,7 @@ class PackPlan:
 
     @property
     def efficiency(self) -> float:
-        """Tokens of examples, of all tokens that an epoch computes."""
+        """The share of an epoch's tokens that belong to examples."""
         return float(self._lengths.sum() / (self.steps_per_epoch * self._batch_size * self._width))
 
     def __str__(self) -> str:
@@ -102,14 +102,14 @@ def make_token_batch(examples: Examples, rows: PackedRows | BatchRows, pad_id: i
 
     Args:
       examples: token ids of all examples, and which of them count in the loss.
-      rows: from a `PackPlan` or a `BatchPlan`; a place without a row gives one of padding alone.
-      pad_id: the id that padding has.
+      rows: from a `PackPlan` or a `BatchPlan`; an empty place becomes a row of padding.
+      pad_id: the id of padding.
 
     Returns:
       int32 [b, t]: input_ids; attention_mask, 0 at padding; segment_ids, 1, 2 … within a row and 0 at padding;
       position_ids, from 0 in each segment; labels, the next token of the same segment. float32 [b, t]: weights, 1 where
-      that next token counts in the loss, and so 0 at a segment's end and at padding. Of an example that another process
-      holds, ids and labels are `train.batching.ABSENT` and weights 0.
+      that next token counts in the loss, so 0 at a segment's end and at padding. For an example that another process
+      holds, ids and labels are `train.data.batching.ABSENT` and weights 0.
     """
     groups = rows.rows if isinstance(rows, PackedRows) else [(row,) if row >= 0 else () for row in rows.indices]
     shape = (len(groups), rows.width)
@@ -142,7 +142,7 @@ def _best_fit(lengths: np.ndarray, width: int) -> list[list[int]]:
     if lengths.max() > width:
         raise ValueError(f"an example has {lengths.max()} tokens but a row {width}; cut examples when tokenising")
     rows: list[list[int]] = []
-    rooms: list[int] = []  # the different rooms that rows have left, rising
+    rooms: list[int] = []  # the different amounts of room left in rows, rising
     with_room: dict[int, list[int]] = {}
     for rank, length in enumerate(-np.sort(-lengths.astype(np.int64))):
         place = bisect.bisect_left(rooms, length)

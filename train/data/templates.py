@@ -1,4 +1,4 @@
-"""Conversations → text by a template, and where in it stands what the model is to write."""
+"""Conversations → text by a template, and the spans of that text that the model is to write."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _WITH_INPUT = (
 )
 _WITHOUT_INPUT = f"{_TASK}. {_REQUEST}\n\n### Instruction:\n{{instruction}}\n\n### Response:\n"
 
-# Llama 3.2's template writes today's date where it is told none, so that a run continued tomorrow would be another run.
+# Llama 3.2's template writes today's date unless it gets one, so a run that is resumed tomorrow would differ.
 _DATE = "26 Jul 2024"
 _PRIVATE_USE = range(0xE000, 0xF900)
 
@@ -34,9 +34,9 @@ class Span(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Rendered:
-    """A conversation's text; `responses` are what the model is to write, the ends that the template sets included.
+    """A conversation's text; `responses` are the spans that the model is to write, with the ends the template sets.
 
-    `closed` says whether the last of them has a special token for its end; else the end of text has to be appended.
+    `closed` says whether a special token ends the last of them; if not, the end of text has to be appended.
     """
 
     text: str
@@ -45,16 +45,16 @@ class Rendered:
 
 
 class Template(Protocol):
-    """What makes text of a conversation. `adds_special`: the tokenizer puts its own special tokens around the text."""
+    """Makes the text of a conversation. `adds_special`: the tokenizer puts its own special tokens around the text."""
 
     adds_special: bool
 
     def render(self, conversation: Conversation) -> Rendered:
-        """The text with its responses. Raises ValueError, with the row's place, where the template can't have it."""
+        """The text with its responses. Raises ValueError, with the row's place, if the template refuses it."""
         ...
 
     def prompt(self, conversation: Conversation) -> str:
-        """The text up to where the answer to the last turn, the user's, begins: what generation starts from."""
+        """The text up to the answer to the last turn, which is the user's: generation continues it."""
         ...
 
 
@@ -62,7 +62,7 @@ def make_template(tokenizer: PreTrainedTokenizerBase, name: str) -> Template:
     """The tokenizer's own template ("chat"), or Stanford Alpaca's ("alpaca").
 
     Raises:
-      ValueError: no template of that name, or "chat" and the tokenizer has none.
+      ValueError: there is no template of that name, or the name is "chat" and the tokenizer has none.
     """
     if name == "alpaca":
         return AlpacaTemplate()
@@ -99,9 +99,9 @@ class AlpacaTemplate:
 class ChatTemplate:
     """The chat template that comes with a tokenizer. The context of a conversation follows its first question.
 
-    A response begins where the prompt that generation starts from ends; in templates without such a prompt, and where
-    the text before an answer depends on it, at its own first letter. It ends with the first special token that the
-    template sets after it, or with all that the template sets after it.
+    A response begins where the prompt for its generation ends. In templates without such a prompt, or where the text
+    before an answer depends on the answer, it begins at the answer's first letter. It ends with the first special token
+    that the template writes after it, or else with everything that the template writes after it.
 
     Raises:
       ValueError: the tokenizer has no chat template.
@@ -138,7 +138,7 @@ class ChatTemplate:
         return self._closed(text, [Span(*span) for span in zip(starts, ends, strict=True)], answers)
 
     def _closed(self, text: str, spans: Sequence[Span], answers: Sequence[str]) -> Rendered:
-        """The spans with what the template sets after each answer."""
+        """The spans, each extended by what the template writes after the answer."""
         ends = [_past_space(text, span.end, answer) for span, answer in zip(spans, answers, strict=True)]
         closing, closed = _through_first(text[ends[-1] :], self._special)
         ends = [end + len(closing) if text.startswith(closing, end) else end for end in ends]
@@ -146,7 +146,7 @@ class ChatTemplate:
         return Rendered(text, tuple(spans), closed)
 
     def _starts(self, turns: Sequence[Turn], text: str, place: str) -> list[int] | None:
-        """Where each answer begins: after its prompt if the text goes on from that, else at its own first letter."""
+        """Where each answer begins: after its prompt if the text continues that, else at its own first letter."""
         if self._prompts:
             answers = [number for number, turn in enumerate(turns) if turn.role == "assistant"]
             prompts = [self._text(turns[:number], place, prompt=True) for number in answers]
@@ -155,7 +155,7 @@ class ChatTemplate:
         return self._marks(turns, text, place, after=False)
 
     def _marks(self, turns: Sequence[Turn], text: str, place: str, after: bool) -> list[int] | None:
-        """Where each answer ends (or starts), found by a mark put there; None if the text depends on what is marked."""
+        """Where each answer ends (or starts), found by a mark put there; None if the mark changes the text around it."""
         mark = next(char for char in map(chr, _PRIVATE_USE) if char not in text)
         marked = self._text([_marked(turn, mark, after) for turn in turns], place)
         pieces = marked.split(mark)
@@ -194,7 +194,7 @@ def _with_context(conversation: Conversation) -> tuple[Turn, ...]:
 
 
 def _marked(turn: Turn, mark: str, after: bool) -> Turn:
-    """The mark stands inside white space at the text's ends, which templates like to strip."""
+    """Puts the mark inside the white space at the text's ends, which many templates strip."""
     if turn.role != "assistant":
         return turn
     core = turn.text.strip()

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 from lm_eval.tasks import TaskManager
 
-from train.data.files import find_rows, read_table
-from train.data.readers import READERS
+from train.data.files import READERS, find_rows, read_table
 
 TASKS = Path(__file__).with_name("task_files")
 

@@ -97,9 +97,9 @@ def test_what_was_assumed_is_said(tmp_path):
 @pytest.mark.parametrize(
     ("train", "held_out", "message"),
     [
-        ([("a", 0), (None, 1)], HELD_OUT, "train.jsonl line 2: text=None is no text; give every row a string"),
-        (TRAIN, [("a", 0), (7, 1)], "held.jsonl line 2: text=7 is no text"),
-        (TRAIN, [("a", 0), ("b", 2)], "held.jsonl line 2: label='2' is none of the 2 classes 0, 1"),
+        ([("a", 0), (None, 1)], HELD_OUT, "train.jsonl line 2: text=None is not text; give every row a string"),
+        (TRAIN, [("a", 0), (7, 1)], "held.jsonl line 2: text=7 is not text"),
+        (TRAIN, [("a", 0), ("b", 2)], "held.jsonl line 2: label='2' is not one of the 2 classes 0, 1"),
         (TRAIN, [("a", 0), ("b", -1)], "held.jsonl line 2: label='-1' is Hugging Face's mark of a hidden label"),
         (TRAIN, [], "held.jsonl holds no rows"),
     ],
@@ -110,7 +110,7 @@ def test_rows_that_are_refused(tmp_path, train, held_out, message):
 
 
 def test_a_limit_does_not_hide_a_bad_row(tmp_path):
-    with pytest.raises(ValueError, match="line 2: label='nan' is no finite number"):
+    with pytest.raises(ValueError, match="line 2: label='nan' is not a finite number"):
         load_examples(local(tmp_path, [("a", 1), ("b", "nan")], [("c", 1)], train_limit=1), "regression")
 
 

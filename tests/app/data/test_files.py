@@ -74,13 +74,13 @@ def test_what_csv_and_json_write_is_read_back(folder, rows):
     ("name", "content", "message"),
     [
         ("a.jsonl", '{"text": "x", "label": 0}\n{"text": "x"\n', "a.jsonl line 2 is not JSON: Expecting ',' delimiter"),
-        ("a.jsonl", '{"text": "x", "label": 0}\n["x"]\n', "a.jsonl line 2 is no JSON object; write one {...} a line"),
+        ("a.jsonl", '{"text": "x", "label": 0}\n["x"]\n', "a.jsonl line 2 is not a JSON object; write one {...} a"),
         ("a.jsonl", '{"text": "x", "label": 0}\n\n{"text": "x"}\n', "line 3 has no column 'label'; columns there"),
         ("a.jsonl", "\n", "a.jsonl holds no rows; give a file with at least one"),
-        ("a.json", "{}", "a.json holds no list; write the rows as [{...}, {...}]"),
+        ("a.json", "{}", "a.json does not hold a list; write the rows as [{...}, {...}]"),
         ("a.json", '[\n{"text": "x" "label"}]', "a.json line 2 is not JSON: Expecting ',' delimiter (column 14)"),
         ("a.json", '{"text": "x"}\n{"text": "y"}', "Extra data (column 1); with one object a line, name it .jsonl"),
-        ("a.json", "[1]", "a.json row 1 is no JSON object"),
+        ("a.json", "[1]", "a.json row 1 is not a JSON object"),
         ("a.csv", "text,label\nx,0\ny,z,1\n", "a.csv line 3 has 3 fields where the header has 2; quote text"),
         ("a.csv", "text,label\nx\n", "a.csv line 2 has 1 fields where the header has 2"),
         ("a.csv", 'text,label\n"x"y,0\n', "a.csv line 2 is not CSV: ',' expected after '\"'; check its quotes"),
@@ -91,7 +91,7 @@ def test_what_csv_and_json_write_is_read_back(folder, rows):
         ("a.csv", "", "a.csv holds no rows"),
         ("a.csv", b"text,label\nx,0\n\xe9,1\n", "a.csv line 3 is not UTF-8 (byte 15); convert it with iconv"),
         ("a.parquet", "PAR1", "a.parquet can't be read as Parquet: "),
-        ("a.txt", "x", "a.txt is of no known format; give a file that ends in .jsonl, .json, .csv, .tsv, .parquet"),
+        ("a.txt", "x", "a.txt has no known format; give a file that ends in .jsonl, .json, .csv, .tsv, .parquet"),
     ],
 )  # fmt: skip
 def test_a_bad_file_names_line_and_remedy(tmp_path, name, content, message):

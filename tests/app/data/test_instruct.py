@@ -7,8 +7,8 @@ import pytest
 
 from tests.support import chat
 from train.data.conversations import Conversation, Turn
-from train.data.instruct import tokenize_conversations
 from train.data.templates import AlpacaTemplate, make_template
+from train.data.tokens import tokenize_conversations
 
 TOKENIZER = chat.byte_tokenizer(chat.CHATML)
 CHAT = make_template(TOKENIZER, "chat")

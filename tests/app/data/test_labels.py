@@ -58,8 +58,8 @@ def test_a_words_class_has_its_name(words):
     ("labels", "names", "message"),
     [
         ([0, 1, -1], (), "a.csv line 4: label='-1' is Hugging Face's mark of a hidden label; choose a labelled split"),
-        ([0, 1, -2], (), "a.csv line 4: label='-2' is none of the 2 classes 0, 1; mend it, or list it"),
-        ([0, 1, 2], ("a", "b"), "a.csv line 4: label='2' is none of the 2 classes a, b"),
+        ([0, 1, -2], (), "a.csv line 4: label='-2' is not one of the 2 classes 0, 1; correct it, or list it"),
+        ([0, 1, 2], ("a", "b"), "a.csv line 4: label='2' is not one of the 2 classes a, b"),
         (["a", "x"], ("a", "b"), "a.csv line 3: label='x' is none of"),
         ([0, 1, 7], (), "reaches 7 in 3 rows; if it is a number to predict, set model.task='regression'; else list"),
         ([1, 1], (), "every label of a.csv is '1'; classification needs two classes or more"),
@@ -80,7 +80,7 @@ def test_training_labels_that_are_refused(labels, names, message):
 
 def test_held_out_labels_must_be_known():
     classes = find_classes(table("pos", "neg"), "label", ())
-    with pytest.raises(ValueError, match=r"b.csv line 3: label='meh' is none of the 2 classes neg, pos"):
+    with pytest.raises(ValueError, match=r"b.csv line 3: label='meh' is not one of the 2 classes neg, pos"):
         class_numbers(table("neg", "meh", source="b.csv"), "label", classes)
     declared = find_classes(table(0, 1), "label", ("a", "b", "c"))
     assert class_numbers(table(2), "label", declared).tolist() == [2]
@@ -99,5 +99,5 @@ def test_regression_values():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, "nan", "three", "", None, True, [1.0], 1e39, 10**400])
 def test_values_that_are_no_finite_number(bad):
-    with pytest.raises(ValueError, match=r"a\.csv line 3: label=.* is no finite number, which regression needs"):
+    with pytest.raises(ValueError, match=r"a\.csv line 3: label=.* is not a finite number, which regression needs"):
         regression_values(table(0.5, bad), "label")

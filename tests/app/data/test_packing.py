@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from train.data.batching import BatchPlan, BatchRows
-from train.data.instruct import Examples
 from train.data.packing import PackedRows, PackPlan, make_token_batch, packed_eval_batches
+from train.data.tokens import Examples
 
 WIDTH = 13
 lengths_of = st.lists(st.integers(1, WIDTH), min_size=1, max_size=200).map(lambda rows: np.array(rows, np.int32))

@@ -20,10 +20,9 @@ from train.config.run_config import from_toml
 from train.config.schema import DataConfig
 from train.data import tokens as text
 from train.data.dataset import Material, read_material
-from train.data.files import find_rows, read_table
+from train.data.files import bytes_of_part, find_rows, read_table
 from train.data.instructions import load_instructions
 from train.data.labelled import load_examples
-from train.data.readers import bytes_of_part
 from train.hosts.shares import Share
 
 T = TypeVar("T")
@@ -162,7 +161,7 @@ def test_what_is_wrong_with_one_share_stops_every_process_and_says_where(tmp_pat
     config = DataConfig(train=str(path), validation=str(good))
     for bad, message in (
         ("{", f"{path} line 14 is not JSON"),
-        (json.dumps({"text": 3, "label": 0}), f"{path} line 14: text=3 is no text"),
+        (json.dumps({"text": 3, "label": 0}), f"{path} line 14: text=3 is not text"),
         (json.dumps({"text": "a", "label": None}), f"{path} line 14: label is empty"),
         (json.dumps({"text": "a"}), f"{path} line 14 has no column 'label'"),
     ):
@@ -172,7 +171,7 @@ def test_what_is_wrong_with_one_share_stops_every_process_and_says_where(tmp_pat
     path.write_text("\n".join([*lines[:13], json.dumps({"text": "a", "label": 2}), *lines[13:]]))
     named = DataConfig(train=str(path), validation=str(good), label_names=("x", "y"))
     for said in failures(3, lambda share: load_examples(named, "classification", share)):
-        assert f"{path} line 14: label='2' is none of the 2 classes" in said
+        assert f"{path} line 14: label='2' is not one of the 2 classes" in said
     talk = tmp_path / "talk.jsonl"
     talk.write_text("\n".join([json.dumps({"prompt": "a", "completion": "b" if n != 9 else ""}) for n in range(20)]))
     for said in failures(3, lambda share: load_instructions(DataConfig(train=str(talk)), held_out=3, share=share)):

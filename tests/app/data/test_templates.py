@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from tests.support import chat
 from train.data.conversations import Conversation, Turn
-from train.data.instruct import encode_prompt, tokenize_conversations
 from train.data.templates import AlpacaTemplate, make_template
+from train.data.tokens import encode_prompt, tokenize_conversations
 
 KINDS = {"bytes": chat.byte_tokenizer, "spaces": chat.space_tokenizer}
 QUESTION, ANSWER = Turn("user", "ab: b?"), Turn("assistant", "a b.\n\n  é中")

@@ -13,8 +13,8 @@ from melora_jax.models import model_from_config
 from melora_jax.training import chunked_cross_entropy
 from tests.support.decoder_fixtures import CONFIGS, VOCAB
 from train.data.batching import BatchRows
-from train.data.instruct import Examples
 from train.data.packing import PackPlan, make_token_batch
+from train.data.tokens import Examples
 
 WIDTH = 23
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from train.config.recipe import RECIPES
 from train.config.run_config import RunConfig, from_toml
 from train.config.tasks import GLUE
+from train.data.files import READERS
 from train.lab.tables.arms import Arm, arms_from_words
 
 # The eight tasks of the paper's table, in its order; WNLI is left out there too.
 TASKS = ("mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb")
 WARM_STARTED = ("mrpc", "rte", "stsb")
-_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,11 +158,11 @@ def _configured(task: str, model: str | None, data: Path | None, overrides: Sequ
 def _files(folder: Path) -> Mapping[str, Path]:
     found = {}
     for split in ("train", "validation"):
-        there = [path for suffix in _SUFFIXES if (path := folder / f"{split}{suffix}").is_file()]
+        there = [path for suffix in READERS if (path := folder / f"{split}{suffix}").is_file()]
         if len(there) != 1:
             listed = ", ".join(path.name for path in there) or "nothing"
             raise ValueError(
-                f"{folder} must hold one {split} file ({', '.join(_SUFFIXES)}), and holds {listed}; give such a folder "
+                f"{folder} must hold one {split} file ({', '.join(READERS)}), and holds {listed}; give such a folder "
                 "a task to --data, or leave --data out to read the hub"
             )
         found[split] = there[0]
