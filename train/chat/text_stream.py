@@ -1,63 +1,66 @@
-"""Tokens → text while they come: whole characters alone, and nothing of a stop string."""
+"""Tokens → text as they come: only whole characters, and nothing of a stop string."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from tokenizers.decoders import DecodeStream
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_INCOMPLETE = "\ufffd"  # what decoding makes of a character of which bytes are missing
+_INCOMPLETE = "\ufffd"  # what decoding makes of a character that lacks bytes
 
 
 class TextStream:
     """The text of one answer, piece by piece.
 
     A stop string ends the text right before itself, wherever tokens begin and end; of several, the one that is complete
-    first. What may still become one, or part of a character, is held back.
+    first counts. Text that may still become a stop string, or part of a character, is held back.
 
     Args:
-      tokenizer: whose tokens come; its special tokens make no text.
+      tokenizer: a fast tokenizer, whose tokens come; its special tokens make no text.
       stops: the stop strings, none empty.
 
     Attributes:
       text: what was given out.
       stopped: whether a stop string ended it.
+
+    Raises:
+      ValueError: the tokenizer is not a fast one.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = ()) -> None:
+        if not tokenizer.is_fast:
+            raise ValueError(
+                f"the tokenizer of {tokenizer.name_or_path!r} can't make text of tokens as they come; save a fast one "
+                "(tokenizer.json) into the folder"
+            )
         self.text = ""
         self.stopped = False
-        self._tokenizer, self._stops = tokenizer, stops
+        self._tokenizer, self._stops = tokenizer.backend_tokenizer, stops
+        self._stream = DecodeStream(skip_special_tokens=True)
         self._ids: list[int] = []
-        # Text depends on the tokens before (a space at the start, a character in bytes): new text is what the tokens
-        # from `_start` on add to those up to `_known`, which decode to whole characters.
-        self._start = self._known = 0
+        self._decoded = 0  # characters that the stream has decoded
         self._held = ""
 
     def push(self, token: int) -> str:
-        """The text that can be given out now that `token` has come."""
+        """The text that can be given out after `token`."""
         if self.stopped:
             return ""
         self._ids.append(token)
-        known, text = self._decoded(self._known), self._decoded(len(self._ids))
-        if len(text) <= len(known) or text.endswith(_INCOMPLETE):
-            return ""
-        self._start, self._known = self._known, len(self._ids)
-        return self._given(text[len(known) :], last=False)
+        piece = self._stream.step(self._tokenizer, token) or ""
+        self._decoded += len(piece)
+        return self._given(piece, last=False)
 
     def finish(self) -> str:
-        """What was held back, once no token follows; of a character that is not whole, nothing."""
+        """The text that was held back, once no token follows, without a last character that lacks bytes."""
         if self.stopped:
             return ""
-        known, text = self._decoded(self._known), self._decoded(len(self._ids))
-        self._start = self._known = len(self._ids)
-        return self._given(text[len(known) :].rstrip(_INCOMPLETE), last=True)
-
-    def _decoded(self, end: int) -> str:
-        ids = self._ids[self._start : end]
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        rest = self._tokenizer.decode(self._ids, skip_special_tokens=True)[self._decoded :].rstrip(_INCOMPLETE)
+        self._decoded += len(rest)
+        return self._given(rest, last=True)
 
     def _given(self, new: str, last: bool) -> str:
         held = self._held + new

@@ -28,49 +28,49 @@ from train.data.tokens import read_tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Answers a prompt, a file of prompts, or, without either, what is typed line by line."""
+    """Answers a prompt, a file of prompts, or, without either, each line that is typed."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A folder, a .gguf file or a hub id."""
     adapter: str | None = None
     """A run's folder, or the folder of an adapter."""
     prompt: str | None = None
-    """What to answer."""
+    """The prompt to answer."""
     prompts: str | None = None
-    """A file of prompts: .txt with one a line, or .jsonl, .csv and so on with a column "prompt". Answers are printed as
-    JSON, one a line."""
+    """A file of prompts: .txt with one on each line, or .jsonl, .csv and so on with a column "prompt". Answers are
+    printed as JSON, one on each line."""
     system: str | None = None
     """The system turn of the chat template."""
     template: Literal["chat", "alpaca", "none"] | None = None
-    """What makes the text for the model: the tokenizer's own chat template, Stanford Alpaca's, or nothing. By default
-    that of the adapter's run or, without a run, the tokenizer's own, if it has one."""
+    """The template of the text for the model: the tokenizer's own chat template, Stanford Alpaca's, or none. By default
+    the one of the adapter's run or, without a run, the tokenizer's own, if it has one."""
     max_new_tokens: int = 256
-    """Tokens an answer has at most."""
+    """The longest answer, in tokens."""
     temperature: float = 0.0
-    """0 takes the likeliest token each time; above 0 tokens are drawn."""
+    """0 always takes the likeliest token; above 0, tokens are drawn."""
     top_k: int | None = None
-    """Draw from so many of the likeliest tokens."""
+    """Draw from this many of the likeliest tokens."""
     top_p: float | None = None
     """Draw from the smallest set of likeliest tokens with this probability, after top-k."""
     seed: int = 0
-    """Seed of what is drawn."""
+    """Seed of the draws."""
     stop: tuple[str, ...] = ()
-    """Strings that end an answer, which is cut right before them."""
+    """Strings that end an answer; it is cut right before them."""
     batch_size: int = 8
-    """Prompts of a file that are answered together."""
+    """How many prompts of a file are answered together."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the model."""
 
 
 def generate(words: Sequence[str]) -> int:
-    """Answers what the options say; returns the exit code."""
+    """Answers by the options; returns the exit code."""
     options = tyro.cli(Options, args=list(words), prog="python -m train generate")
     _check(options)
     tokenizer = read_tokenizer(options.model)
     trained_with = None if options.adapter is None else template_of_run(options.adapter)
     template = find_template(tokenizer, options.template or trained_with)
     if options.system is not None and template is None:
-        raise ValueError("--system is for a chat template, and none is used here; leave one of the two out")
+        raise ValueError("--system is for a chat template, and none is used here; leave it out")
     questions = _questions(options)
     model = mj.from_pretrained(options.model, task="causal-lm", dtype=options.dtype)
     if options.adapter is not None:
@@ -100,7 +100,7 @@ def _system_turn(options: Options) -> tuple[Turn, ...]:
 
 
 def _questions(options: Options) -> list[Conversation]:
-    """The prompts that are known beforehand, each as a conversation."""
+    """The prompts of the options, each as a conversation."""
     if options.prompt is not None:
         texts = [("--prompt", options.prompt)]
     elif options.prompts is not None:
@@ -130,7 +130,7 @@ def _answer_one(speaker: Speaker, question: Conversation) -> None:
 
 
 def _print_pieces(answers: Answers) -> None:
-    """The one answer as it comes, and how fast it came."""
+    """Prints the one answer as it comes, then its speed."""
     for [piece] in answers:
         print(piece, end="", flush=True)
     print()
@@ -153,10 +153,10 @@ def _answer_file(speaker: Speaker, questions: Sequence[Conversation], batch_size
 
 
 def _converse(speaker: Speaker, system: tuple[Turn, ...]) -> None:
-    """Answers line after line: with a chat template one conversation, until an empty line."""
+    """Answers line after line; with a chat template, lines up to an empty one are one conversation."""
     typed = sys.stdin.isatty()
     if typed:
-        _say("One prompt a line. Ctrl-C breaks an answer off, an empty line forgets what was said, Ctrl-D ends.")
+        _say("One prompt a line. Ctrl-C stops an answer, an empty line starts a new conversation, Ctrl-D ends.")
     turns = system
     for number, line in enumerate(_lines(typed)):
         if not line.strip():
@@ -168,12 +168,12 @@ def _converse(speaker: Speaker, system: tuple[Turn, ...]) -> None:
         except ValueError as error:
             if not typed:
                 raise
-            _say(f"error: {error} (an empty line forgets what was said)")
+            _say(f"error: {error} (an empty line starts a new conversation)")
             continue
         try:
             _print_pieces(answers)
         except KeyboardInterrupt:
-            _say(" (broken off)")
+            _say(" (stopped)")
         if speaker.remembers:
             turns = (*question.turns, Turn("assistant", answers.texts[0]))
 
@@ -191,5 +191,5 @@ def _lines(typed: bool) -> Iterator[str]:
 
 
 def _say(text: str) -> None:
-    """To the person, and not into a file of answers."""
+    """Prints for the person at the terminal, so not into a file of answers."""
     print(text, file=sys.stderr, flush=True)

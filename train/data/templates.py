@@ -155,7 +155,7 @@ class ChatTemplate:
         return self._marks(turns, text, place, after=False)
 
     def _marks(self, turns: Sequence[Turn], text: str, place: str, after: bool) -> list[int] | None:
-        """Where each answer ends (or starts), found by a mark put there; None if the mark changes the text around it."""
+        """Where each answer ends (or starts), found by a mark put there; None if that changes the text around it."""
         mark = next(char for char in map(chr, _PRIVATE_USE) if char not in text)
         marked = self._text([_marked(turn, mark, after) for turn in turns], place)
         pieces = marked.split(mark)

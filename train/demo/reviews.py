@@ -1,4 +1,4 @@
-"""`make demo`: a real encoder, real sentences, and what MELoRA does beside LoRA and a head alone."""
+"""`make demo`: a real encoder, real sentences, and MELoRA beside LoRA and a head alone."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ HEAD = ("pooler", "classifier")
 class Method:
     """One row of the demo's table.
 
-    Rates: the best on the last 1,500 training sentences of 1e-3, 2e-3 and 4e-3 (for n=8 r=1 up to 8e-3; for the head
-    alone of 1e-3 and 4e-3), each after one epoch on the first 6,000.
+    Its learning rate was chosen on the last 1,500 training sentences, after one epoch on the first 6,000: from 1e-3,
+    2e-3 and 4e-3, for n=8 r=1 also 8e-3, and for the head alone from 1e-3 and 4e-3.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Options:
     epochs: int = 1
     """Passes over the 7,500 training sentences."""
     train_limit: int | None = None
-    """Train on the first so many sentences only, for a quick look."""
+    """Train on only this many of the first sentences, for a quick look."""
     seed: int = 42
     """Seed of the head, the adapters, the order of rows and dropout."""
     folder: str = "runs/demo"
@@ -92,7 +92,7 @@ def demo(words: Sequence[str]) -> int:
 
 
 def emptied(folder: Path, runs: Set[str]) -> Path:
-    """A demo's own folder, without an earlier demo's `runs` and report.
+    """A demo's own folder, emptied of an earlier demo's `runs` and report.
 
     Raises:
       ValueError: it holds something else.
@@ -126,7 +126,7 @@ def _config(method: Method, options: Options, model: Path, train: Path, validati
 
 
 def _best_adapter(runs: dict[str, Run]) -> str:
-    """The adapted run of the best accuracy."""
+    """The adapted run with the best accuracy."""
     adapted = {name: run for name, run in runs.items() if run.sites and run.best}
     if not adapted:
         raise RunError("no adapted run gave an accuracy")

@@ -1,4 +1,4 @@
-"""Requests put into batches of few sizes; those that share a context, or the beginning of one, together."""
+"""Requests in batches of few sizes; requests that share a context, or the beginning of one, come together."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 
 Tokens = tuple[int, ...]
 
-_LEAST_SHARED = 64  # a shorter beginning costs less to compute again than to keep apart
+_LEAST_SHARED = 64  # tokens; recomputing a shorter beginning is cheaper than a batch of its own
 _LEAST_UNIT = 16
 _ROWS_A_CONTEXT = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A context and what may follow it, as tokens; neither is empty."""
+    """A context and a possible continuation, as tokens; neither is empty."""
 
     context: Tokens
     continuation: Tokens
@@ -25,7 +25,7 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Continuations `[r, c]` of contexts `[g, t]`, each context after the same `shared` tokens.
+    """Continuations `[r, c]` of contexts `[g, t]`, which all begin with the same `shared` tokens.
 
     Attributes:
       shared: tokens at the beginning of every context.
@@ -34,7 +34,7 @@ class Batch:
       parents: int32 `[r]`, the context of each continuation.
       continuations: int32 `[r, c]`, padded right.
       counts: int32 `[r]`, the tokens of each continuation.
-      requests: the places among the requests of the first continuations; those after them fill the batch up.
+      requests: the numbers of the first continuations' requests; the remaining continuations only fill the batch.
     """
 
     shared: Tokens
@@ -47,14 +47,14 @@ class Batch:
 
     @property
     def places(self) -> int:
-        """The places that a cache of all these tokens needs; the last token of a continuation is never an input."""
+        """Places that the cache of these tokens needs; the last token of a continuation is never an input."""
         return len(self.shared) + self.ids.shape[1] + self.continuations.shape[1] - 1
 
 
 def make_batches(pairs: Sequence[Pair], contexts: int) -> Iterator[Batch]:
     """All pairs in batches of at most `contexts` contexts and four times as many continuations.
 
-    The longest come first, so that the largest batch is met at once, and time left is never told too short.
+    The longest come first, so that memory runs out at once or never, and the estimated time left is never too short.
 
     >>> pairs = [Pair((7, 8), (1,)), Pair((7, 8), (2, 3)), Pair((9,), (4,))]
     >>> [batch] = make_batches(pairs, contexts=2)
@@ -76,18 +76,18 @@ def make_batches(pairs: Sequence[Pair], contexts: int) -> Iterator[Batch]:
 
 
 def rounded_up(count: int) -> int:
-    """At most a quarter more, or a multiple of 16: few sizes, so that few programs are compiled."""
+    """`count` rounded up by at most a quarter, or to a multiple of 16: few sizes, so that few programs are compiled."""
     unit = _unit(count)
     return -(-count // unit) * unit
 
 
 def power_of_two(count: int) -> int:
-    """The next power of two: for rows, of which most batches are full."""
+    """The next power of two: for rows, which are few only in a last batch."""
     return 1 << (count - 1).bit_length()
 
 
 def common_length(one: Tokens, other: Tokens) -> int:
-    """How many tokens the two begin with alike."""
+    """How many tokens at the beginning are equal."""
     for place, (a, b) in enumerate(zip(one, other, strict=False)):
         if a != b:
             return place
@@ -99,7 +99,7 @@ def _unit(count: int) -> int:
 
 
 def _families(contexts: Sequence[Tokens]) -> list[tuple[Tokens, list[Tokens]]]:
-    """Contexts, sorted, apart by the beginning that they share; those that share none, all together."""
+    """Sorted contexts, grouped by the beginning that they share; those without a shared beginning are one group."""
     families: list[tuple[Tokens, list[Tokens]]] = []
     alone: list[Tokens] = []
     family, length = [contexts[0]], len(contexts[0])
@@ -108,7 +108,7 @@ def _families(contexts: Sequence[Tokens]) -> list[tuple[Tokens, list[Tokens]]]:
         if shared >= max(_LEAST_SHARED, length // 2):
             family, length = [*family, context], shared
             continue
-        # a token of each context is left to come after the beginning
+        # at least one token of each context must follow the beginning
         kept = min(length, min(map(len, family)) - 1)
         kept -= kept % _unit(kept)
         if len(family) > 1 and kept >= _LEAST_SHARED:
@@ -127,7 +127,7 @@ _Group = tuple[Tokens, tuple[int, ...]]
 
 
 def _filled(groups: Sequence[_Group], contexts: int) -> Iterator[list[_Group]]:
-    """Groups, one after another, as long as they fit into a batch."""
+    """Consecutive groups, as many as fit into each batch."""
     batch: list[_Group] = []
     for group in groups:
         rows = sum(len(places) for _, places in batch) + len(group[1])
@@ -150,7 +150,7 @@ def _batch(pairs: Sequence[Pair], shared: Tokens, groups: Sequence[_Group]) -> B
         valid[row, width - len(rest) :] = True
     ends = [pairs[place].continuation for place in requests]
     longest = max(map(len, ends))
-    # one token more than a rounded size, as the last one is no input
+    # one token more than a rounded size, since the last one is not an input
     columns = 1 if longest == 1 else rounded_up(longest - 1) + 1
     continuations = np.zeros((power_of_two(len(ends)), columns), np.int32)
     counts = np.ones(len(continuations), np.int32)

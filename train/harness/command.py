@@ -1,4 +1,4 @@
-"""`python -m train eval`: a model, plain or with its adapter, on tasks of lm-eval."""
+"""`python -m train eval`: a model, plain or with an adapter, on tasks of lm-eval."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from train.data.tokens import read_tokenizer
 from train.harness.results import Report, results_table, write_results
 
 _SHOT_SEED = 1234  # lm-eval's own
-_RESAMPLES = 1000  # for the standard errors that have no formula: to about two per cent of themselves
+_RESAMPLES = 1000  # for standard errors without a formula, which are then within about 2 %
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Evaluates a model on tasks of lm-eval, or of train/tasks."""
+    """Evaluates a model on tasks of lm-eval, or of train/harness/task_files."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A folder, a .gguf file or a hub id."""
@@ -38,39 +38,39 @@ class Options:
     adapter: str | None = None
     """A run's folder, or the folder of an adapter."""
     limit: float | None = None
-    """So many rows of each task, or, below 1, that part of them."""
+    """How many rows of each task, or, below 1, what part of them."""
     num_fewshot: int | None = None
-    """Shots of every task, but for those that have none; by default each task's own number."""
+    """Shots of every task, except for those that have none; by default each task's own number."""
     include_path: str | None = None
-    """A folder of further tasks, as lm-eval's YAML files. Python that they name is run: include what you trust."""
+    """A folder of more tasks, as lm-eval's YAML files. Python that they name is run: include only what you trust."""
     data: tuple[str, ...] = ()
-    """TASK=FOLDER: rows from local files, one for each split (test.jsonl), instead of the hub; several may follow."""
+    """TASK=FOLDER, one or more: rows from local files, one for each split (test.jsonl), instead of the hub."""
     output: str | None = None
     """Folder for results.json."""
     samples: bool = False
-    """Write every prompt, answer and score into samples.jsonl of the output folder too."""
+    """Also write every prompt, answer and score into samples.jsonl of the output folder."""
     batch_size: int = 8
-    """Prompts at once."""
+    """How many prompts are computed together."""
     max_length: int | None = None
-    """Tokens of a prompt and its answer; what is longer loses its first ones. By default the model's limit."""
+    """Tokens of a prompt and its answer; longer ones lose their first tokens. By default the model's limit."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the model."""
     seed: int = 0
-    """Seed of answers that are drawn."""
+    """Seed of drawn answers."""
     apply_chat_template: bool = False
     """Put prompts into the tokenizer's chat template."""
     system_instruction: str | None = None
-    """The system turn of the chat template, or what goes before each prompt without one."""
+    """The system turn of the chat template, or, without a template, a text before each prompt."""
     fewshot_as_multiturn: bool = False
     """With the chat template: shots as turns of a conversation."""
     run_generated_code: bool = False
-    """Run the code that the model writes, for the tasks that score it, in a sandbox: no files, network or processes."""
+    """For tasks that score code: run what the model writes, in a sandbox without files, network or processes."""
     mesh: str | None = None
-    """Devices to share the work: data=2,fsdp=2,tensor=2, each 1 where it is left out."""
+    """Devices that share the work: data=2,fsdp=2,tensor=2; an axis that is left out has size 1."""
 
 
 def evaluate(words: Sequence[str]) -> int:
-    """Evaluates what the options say; returns the exit code."""
+    """Evaluates by the options; returns the exit code."""
     options = tyro.cli(Options, args=list(words), prog="python -m train eval")
     _check(options)
     _tame()
@@ -81,7 +81,7 @@ def evaluate(words: Sequence[str]) -> int:
     chosen = _chosen(options)
     data = parse_data(options.data, chosen)
     mesh = _mesh(options.mesh)
-    abstract_model(options.model, task="causal-lm")  # an encoder is found before its tokenizer is asked for
+    abstract_model(options.model, task="causal-lm")  # refuses an encoder before its tokenizer is read
     tokenizer = read_tokenizer(options.model)
     _check_tokenizer(options, tokenizer)
     tasks = load_tasks(chosen, data)
@@ -106,7 +106,7 @@ def evaluate(words: Sequence[str]) -> int:
 
 
 def _chosen(options: Options) -> Any:
-    """The tasks, as far as they can be known without their data."""
+    """The tasks, as far as they are known without their data."""
     from train.harness.sandbox.sandbox import require_sandbox
     from train.harness.tasks import choose_tasks
 
@@ -146,9 +146,9 @@ def _check_tokenizer(options: Options, tokenizer: Any) -> None:
 
 
 def _tame() -> None:
-    """Keeps lm-eval from remarks on what it was told on purpose, from running generated code, and from forking.
+    """Stops lm-eval from warning about intended settings, from running generated code, and from forking.
 
-    It forks to resample, and a fork of a process in which JAX runs may hang.
+    It forks to resample, and a fork of a process that runs JAX may hang.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     os.environ.pop("HF_ALLOW_CODE_EVAL", None)
@@ -179,7 +179,7 @@ def _mesh(sizes: str | None) -> Mesh | None:
 
 
 def _model(options: Options, mesh: Mesh | None) -> tuple[Any, dict[str, Any] | None]:
-    """The model with its adapter, and what there is to say of the adapter."""
+    """The model with its adapter, and the facts about the adapter for results.json."""
     if options.adapter is not None and not adapter_folder(options.adapter).is_dir():
         raise ValueError(f"no adapter at {options.adapter}; give a run's folder, or that of an adapter")
     model: Any = mj.from_pretrained(options.model, task="causal-lm", dtype=options.dtype, mesh=mesh)
@@ -194,7 +194,7 @@ def _model(options: Options, mesh: Mesh | None) -> tuple[Any, dict[str, Any] | N
 
 
 def _prepare(tasks: dict[str, Any], options: Options, lm: Any) -> None:
-    """What lm-eval's own command sets in each task, and what can be known to fail."""
+    """Sets in each task what lm-eval's own command sets, and refuses tasks that can only fail."""
     for name, task in tasks.items():
         own = task.get_config("num_fewshot")
         asked = own if options.num_fewshot is None or own == 0 else options.num_fewshot

@@ -1,7 +1,7 @@
 """INSTRUCTEVAL's protocol (Chia et al. 2023; the MELoRA paper's second benchmark) as lm-eval tasks.
 
-Answers are generated, the likeliest tokens, and are right where they begin with the right one. Shots are dropped one by
-one while a prompt has more tokens than the protocol lets it have, which a task can count once it has `count_tokens`.
+Answers are generated from the likeliest tokens, and are right if they begin with the right one. While a prompt has more
+tokens than the protocol allows, it loses one shot after another; a task counts tokens with `count_tokens`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ _LETTERS = "ABCD"
 
 
 class InstructEvalTask(ConfigurableTask):
-    """A task of the protocol: its subclasses say what a question looks like and which rows are the shots.
+    """A task of the protocol; its subclasses define the text of a question and which rows are the shots.
 
     Attributes:
-      prompt_limit: tokens that a prompt may have, or it loses shots.
-      count_tokens: tells how many tokens a text has; `python -m train eval` sets it.
+      prompt_limit: tokens of a prompt above which it loses shots.
+      count_tokens: counts the tokens of a text; `python -m train eval` sets it.
     """
 
     prompt_limit = 2048
@@ -40,14 +40,14 @@ class InstructEvalTask(ConfigurableTask):
 
     @abc.abstractmethod
     def shots(self, doc: Mapping[str, Any], count: int) -> Sequence[Mapping[str, Any]]:
-        """At most `count` rows that are shown with their answers before a question."""
+        """At most `count` rows to show, with their answers, before a question."""
 
     def heading(self, doc: Mapping[str, Any]) -> str:
-        """What goes before all shots."""
+        """The text before all shots."""
         return ""
 
     def fewshot_docs(self) -> None:
-        """None for lm-eval to draw from: the protocol says which."""
+        """No rows for lm-eval to draw from: the protocol determines the shots."""
 
     def fewshot_context(
         self,
@@ -58,10 +58,10 @@ class InstructEvalTask(ConfigurableTask):
         *_: Any,
         **__: Any,
     ) -> str:
-        """The prompt, with as many of the shots as it has room for.
+        """The prompt, with as many shots as fit.
 
         Raises:
-          ValueError: nothing counts tokens here, or a chat template is asked for.
+          ValueError: `count_tokens` is not set, or a chat template or system instruction is given.
         """
         if self.count_tokens is None or apply_chat_template or system_instruction:
             raise ValueError(
@@ -108,7 +108,7 @@ class Mmlu(InstructEvalTask):
 
 
 class Drop(InstructEvalTask):
-    """Questions on a passage of which all annotators gave one answer, after three drawn from the same rows."""
+    """Questions on a passage to which all annotators gave one answer, after three drawn from the same rows."""
 
     def doc_to_text(self, doc: Mapping[str, Any], doc_to_text: object = None) -> str:
         return f"{doc['passage'].strip()} {doc['question'].strip()}\nAnswer:"
@@ -120,11 +120,11 @@ class Drop(InstructEvalTask):
         return self._parted(count)[0]
 
     def validation_docs(self) -> Any:
-        """The rows of other passages than the shots'."""
+        """The rows whose passages are not those of the shots."""
         return self._parted(self.config.num_fewshot or 0)[1]
 
     def _parted(self, count: int) -> tuple[list[dict[str, Any]], Any]:
-        """The shots and the questions, which depend on how many shots there are."""
+        """The shots and the questions, which depend on the number of shots."""
         if getattr(self, "_parts_of", None) != count:
             rows = self.dataset[self.config.validation_split]
             answers = [{span.strip() for span in one["spans"]} for one in rows["answers_spans"]]
@@ -151,6 +151,6 @@ class Bbh(InstructEvalTask):
         return [rows[place] for place in range(min(count, len(rows)))]
 
     def test_docs(self) -> Any:
-        """The rows that are no shots."""
+        """The rows that are not shots."""
         rows = self.dataset[self.config.test_split]
         return rows.select(range(self.config.num_fewshot or 0, len(rows)))

@@ -1,4 +1,4 @@
-"""A JAX model as lm-eval sees one: log-likelihoods, and text until a stop string."""
+"""A JAX model behind lm-eval's interface: log-likelihoods, and text until a stop string."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ GENERATION_KEYS += ("max_gen_toks", "max_new_tokens", "max_tokens", "max_complet
 class JaxLM(TemplateLM):
     """A causal language model, plain or adapted, with its tokenizer.
 
-    Texts are made tokens as lm-eval's own `hf` model makes them: with the tokenizer's special tokens, unless the text
-    begins with the first of them. What is too long for the model loses its first tokens, and is counted.
+    Texts become tokens as in lm-eval's own `hf` model: with the tokenizer's special tokens, unless the text begins with
+    the first of them. A text that is too long for the model loses its first tokens, and is counted.
 
     Args:
       model: from `melora_jax.from_pretrained(..., task="causal-lm")`.
       tokenizer: its tokenizer.
-      batch_size: contexts at once.
+      batch_size: contexts computed together.
       max_length: tokens of context and answer together; None takes the model's own limit.
-      seed: of what is drawn.
-      mesh: what the model lies on; None for one device.
+      seed: of drawn tokens.
+      mesh: where the model lies; None for one device.
 
     Attributes:
       shortened: how many requests lost their first tokens.
@@ -70,7 +70,7 @@ class JaxLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What goes before a text without context: the tokenizer's first token, or the one that ends a text."""
+        """The token before a text without context: the tokenizer's first token, or the one that ends a text."""
         first = self.tokenizer.bos_token_id
         return self.eot_token_id if first is None else first
 
@@ -100,7 +100,7 @@ class JaxLM(TemplateLM):
         return super().loglikelihood(requests, disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
-        """The log-likelihood of whole texts, each token once; long ones in windows of the model's length."""
+        """The log-likelihood of whole texts, each token once; long texts in windows of the model's length."""
         pairs: list[Pair] = []
         counts = []
         for request in requests:
@@ -122,7 +122,7 @@ class JaxLM(TemplateLM):
         return self._scores([self._fitted(context, end) for _, context, end in requests], "log-likelihoods")
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """What the model writes after each context, up to a stop string, its end, or so many tokens."""
+        """What the model writes after each context, up to a stop string, its end, or the limit of new tokens."""
         manners: dict[Manner, list[int]] = {}
         for place, request in enumerate(requests):
             arguments: Any = request.args
@@ -142,7 +142,7 @@ class JaxLM(TemplateLM):
         return texts
 
     def require_room(self, settings: Mapping[str, Any], place: str) -> None:
-        """Raises ValueError where settings of a generation are unknown, or new tokens leave no room for a prompt."""
+        """Raises ValueError if settings of a generation are unknown, or new tokens leave no room for a prompt."""
         try:
             new = manner_of(settings, self._seed).max_new_tokens
         except ValueError as error:
@@ -154,7 +154,7 @@ class JaxLM(TemplateLM):
             )
 
     def _fitted(self, context: Sequence[int], end: Sequence[int]) -> Pair:
-        """The two, without the first tokens that the model has no room for; its last token is no input."""
+        """The two, without the first tokens that don't fit into the model; the last token is not an input."""
         if not end:
             raise RunError(
                 "a continuation has no token of its own: the tokenizer takes its letters and the context's last ones"
@@ -195,7 +195,7 @@ class JaxLM(TemplateLM):
         return scores
 
     def _answers(self, speaker: Speaker, prompts: list[np.ndarray], number: int) -> list[str]:
-        """Few sizes of batch: the last prompt is asked again until the number is one."""
+        """Answers in batches of few sizes: the last prompt is repeated up to the next size."""
         full = prompts + [prompts[-1]] * (power_of_two(len(prompts)) - len(prompts))
         answers = speaker.answer(full, number, shrink=self._mesh is None)
         try:
@@ -213,7 +213,7 @@ def manner_of(settings: Mapping[str, Any], seed: int) -> Manner:
     """lm-eval's settings of a generation as ours.
 
     Raises:
-      ValueError: a setting that there is none for here.
+      ValueError: a setting is not supported.
 
     >>> manner_of({"until": ["Q:"], "max_gen_toks": 8, "do_sample": True, "temperature": 0.5}, 3).temperature
     0.5

@@ -1,4 +1,4 @@
-"""What an evaluation found: a table for the screen, and results.json."""
+"""The results of an evaluation: a table for the screen, and results.json."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Report:
 
     Attributes:
       settings: the command's options.
-      adapter: what the adapter is; None without one.
+      adapter: facts about the adapter; None without one.
       found: what `lm_eval.evaluator.evaluate` returned.
       shortened: how many requests lost their first tokens.
-      seconds: how long it took, without loading.
+      seconds: of the evaluation, without loading.
     """
 
     settings: Mapping[str, Any]
@@ -40,7 +40,7 @@ class Report:
 
 
 class Score(NamedTuple):
-    """One row of the table; `error` is the standard error, None where there is none."""
+    """One row of the table; `error` is the standard error, or None."""
 
     task: str
     metric: str
@@ -72,7 +72,7 @@ def results_table(report: Report) -> Table:
 
 
 def write_results(report: Report, folder: Path) -> Path:
-    """Writes results.json, and samples.jsonl where samples were asked for; whole or not at all."""
+    """Writes results.json, and samples.jsonl if samples were asked for; whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     if "samples" in report.found:
         lines = [

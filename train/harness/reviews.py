@@ -9,7 +9,7 @@ from train.data.files import read_table
 
 
 def movie_reviews(**_: Any) -> Any:
-    """7,500 sentences to learn from and 1,673 to ask: columns sentence, and label, 0 for blame and 1 for praise.
+    """7,500 sentences to learn from and 1,673 to ask about: columns sentence, and label, 0 for blame, 1 for praise.
 
     Raises:
       ValueError: the package that holds them can't be fetched.

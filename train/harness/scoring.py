@@ -1,4 +1,4 @@
-"""The compiled programs that score continuations: a shared beginning once, each context once, then what follows it."""
+"""Compiled programs that score continuations: they compute a shared beginning once, and each context once."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ import melora_jax as mj
 from melora_jax.nn import batch_sharding
 from train.harness.batches import Batch, Tokens
 
-_TOKENS_AT_ONCE = 512  # of which the logits over the vocabulary are held
+_TOKENS_AT_ONCE = 512  # tokens whose logits over the vocabulary are held at a time
 
 
 class Scores(NamedTuple):
-    """Of each continuation: its log-likelihood, float32 `[r]`, and whether each token is the likeliest, bool `[r]`."""
+    """Each continuation's log-likelihood, float32 `[r]`, and whether all its tokens are the likeliest, bool `[r]`."""
 
     log_likelihood: jax.Array
     greedy: jax.Array
 
 
 class Scorer:
-    """Scores batches with one model, and keeps the keys and values of the beginning that was last shared.
+    """Scores batches with one model, and keeps the keys and values of the last shared beginning.
 
     Args:
       model: a causal language model, plain or adapted; its variables are read once.
-      mesh: what it lies on, and what a batch's rows are shared out to; None for one device.
+      mesh: where the model and a batch's rows lie; None for one device.
     """
 
     def __init__(self, model: Any, mesh: Mesh | None = None) -> None:
@@ -49,7 +49,7 @@ class Scorer:
         return self._programs.score(self._state, self._shared[1], *map(self._placed, arrays), batch.places)
 
     def _placed(self, array: np.ndarray) -> Any:
-        """On the mesh, rows shared out where they can be."""
+        """The array on the mesh, its rows divided over the devices if they divide evenly."""
         if self._mesh is None:
             return array
         parts = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
@@ -118,14 +118,14 @@ def _in_pieces(logits_of: Callable[[jax.Array], jax.Array], hidden: jax.Array, t
 
 
 def _token_scores(logits: jax.Array, targets: jax.Array) -> Scores:
-    """Of each token its log-probability, and whether none is likelier: logits `[..., v]`, targets `[...]`."""
+    """Each token's log-probability, and whether none is likelier: logits `[..., v]`, targets `[...]`."""
     logits = logits.astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return Scores(chosen - jax.nn.logsumexp(logits, axis=-1), logits.argmax(axis=-1) == targets)
 
 
 def _rows(cache: Any, rows: jax.Array) -> Any:
-    """The cache with these of its rows; stacked layers have another axis before them."""
+    """The cache restricted to these rows; stacked layers have one more axis in front."""
     keys, values = (tuple(jnp.take(x, rows, axis=x.ndim - 4) for x in some) for some in (cache.keys, cache.values))
     return cache._replace(keys=keys, values=values, positions=cache.positions[rows], valid=cache.valid[rows])
 

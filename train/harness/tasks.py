@@ -1,4 +1,4 @@
-"""lm-eval's tasks by name, ours among them; what they need is asked before their data is loaded."""
+"""lm-eval's tasks by name, and ours; whatever can be checked is checked before their data is loaded."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Chosen:
     """Names of tasks and groups, and the tasks that they stand for.
 
     Attributes:
-      names: as asked for.
-      leaves: each task's settings, as its YAML file has them, by its name.
+      names: as given.
+      leaves: each task's settings from its YAML file, by its name.
       manager: lm-eval's index.
     """
 
@@ -39,11 +39,11 @@ class Chosen:
 
 
 def choose_tasks(names: Sequence[str], include: Path | None) -> Chosen:
-    """Finds tasks, ours before lm-eval's of the same name, and those of `include` before both.
+    """Finds tasks; ours take precedence over lm-eval's of the same name, and those of `include` over both.
 
     Raises:
-      ValueError: a name that there is no task of, with the nearest ones; a task that would run generated code outside
-        of our sandbox; a folder that is none.
+      ValueError: a name without a task, with the nearest names; a task that would run generated code outside our
+        sandbox; `include` is not a folder.
     """
     if not names:
         raise ValueError("which tasks? e.g. --tasks mmlu,movie_reviews; lm-eval ls tasks lists lm-eval's own")
@@ -69,12 +69,12 @@ def choose_tasks(names: Sequence[str], include: Path | None) -> Chosen:
 
 @functools.cache
 def _all_tasks(include: Path | None) -> TaskManager:
-    """lm-eval's own 14,000 tasks too, which take seconds to find."""
+    """The index with lm-eval's own tasks, which takes seconds to build."""
     return TaskManager(include_path=[TASKS, *([] if include is None else [include])])
 
 
 def _leaves(manager: TaskManager, name: str, over: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The tasks behind a name: itself, or those of a tag or of a group, whose settings go over theirs."""
+    """The tasks of a name: itself, or those of a tag or group, whose settings override theirs."""
     entry = manager.task_index.get(name)
     if entry is None:
         yield name, over
@@ -96,7 +96,7 @@ def parse_data(words: Sequence[str], chosen: Chosen) -> dict[str, Path]:
     """`TASK=FOLDER` words as a folder by task.
 
     Raises:
-      ValueError: not of that form, not a task that is evaluated, or no such folder.
+      ValueError: a word is not of that form, names a task that is not evaluated, or a folder that does not exist.
     """
     folders = {}
     for word in words:
@@ -113,12 +113,12 @@ def load_tasks(chosen: Chosen, data: Mapping[str, Path]) -> Any:
     """The tasks with their data, as `lm_eval.evaluator.evaluate` takes them.
 
     Args:
-      data: local folders of tasks whose data is not to come from the hub.
+      data: local folders, by task, that replace the hub's data.
 
     Raises:
       ValueError: a data set can't be loaded.
     """
-    # as lm-eval's own command, for tasks that draw
+    # the seeds of lm-eval's own command, for tasks that draw
     random.seed(0)
     np.random.seed(1234)
     specs: list[Any] = [name for name in chosen.names if name not in data]
@@ -127,7 +127,7 @@ def load_tasks(chosen: Chosen, data: Mapping[str, Path]) -> Any:
         specs.append({**_spec(chosen, name), "custom_dataset": lambda rows=rows, **_: rows})
     try:
         return chosen.manager.load(specs)
-    except Exception as error:  # tasks are lm-eval's or the user's code, which may raise anything
+    except Exception as error:  # a task is lm-eval's or the user's code, which may raise anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise ValueError(
             f"the tasks can't be loaded ({reason}); data sets come from the Hugging Face hub, or by --data TASK=FOLDER"

@@ -55,7 +55,6 @@ _STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.spines.left": False,
-    "axes.prop_cycle": matplotlib.cycler(color=[LIGHT[f"series-{index}"] for index in range(SERIES_COLOURS)]),
     "grid.color": RULE,
     "grid.linewidth": 1.0,
     "xtick.color": RULE,

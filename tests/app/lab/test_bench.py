@@ -206,11 +206,11 @@ def test_a_page_is_filled_from_its_results_and_keeps_its_prose(models, tmp_path,
         (["--only", "LoRA r=9"], "--only LoRA r=9 names no variant; there are frozen limit, LoRA r=1"),
         (
             ["--sweep", "m=1"],
-            "--sweep m=1: 'm' is no quantity; choose from n, r, tokens, width, depth, such as n=1,2,4",
+            "--sweep m=1: 'm' is not a quantity; choose from n, r, tokens, width, depth, such as n=1,2,4",
         ),
-        (["--sweep", "n=1,x"], "--sweep n=1,x: '1,x' is no list of whole numbers from 1, such as 1,2,4"),
-        (["--sweep", "n=0"], "--sweep n=0: '0' is no list of whole numbers from 1"),
-        (["--sweep", "tokens=100"], "--sweep tokens: 100 is no multiple of --length 64"),
+        (["--sweep", "n=1,x"], "--sweep n=1,x: '1,x' is not a list of whole numbers from 1, such as 1,2,4"),
+        (["--sweep", "n=0"], "--sweep n=0: '0' is not a list of whole numbers from 1"),
+        (["--sweep", "tokens=100"], "--sweep tokens: 100 is not a multiple of --length 64"),
         (["--sweep", "n=2", "--memory"], "--memory is of the variants of one model; leave --sweep out"),
         (["--page", "nowhere.md"], "nowhere.md"),
         (["--turn", "0"], "--rounds 9 and --turn 0 must be at least 1"),
@@ -225,4 +225,4 @@ def test_a_file_that_is_no_result_is_refused(tmp_path, capsys):
     (tmp_path / "x.json").write_text(json.dumps({"title": "x"}))
     (tmp_path / "p.md").write_text("<!-- bench x.json -->\n<!-- end -->\n")
     assert main(["bench", "--page", str(tmp_path / "p.md"), "--results", str(tmp_path)]) == 2
-    assert "x.json is no result of the bench" in " ".join(capsys.readouterr().err.split())
+    assert "x.json is not a result of the bench" in " ".join(capsys.readouterr().err.split())

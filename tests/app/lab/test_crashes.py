@@ -50,7 +50,7 @@ def words(place, name: str) -> list[str]:
 def test_killed_runs_end_as_the_one_left_alone(place, capsys):
     path = recipe(place, **QUICK, output={"folder": str(place / "crashes")})
     assert main(["crash-test", str(path), "--kills", "2", "--train.epochs", "1"]) == 0
-    assert "2 of 2 killed runs went on and ended bitwise equal" in capsys.readouterr().out
+    assert "2 of 2 killed runs resumed and ended bit-identical" in capsys.readouterr().out
     assert {entry.name for entry in (place / "crashes").iterdir()} == {
         "uninterrupted",
         "uninterrupted.toml",
@@ -65,7 +65,7 @@ def test_an_end_that_differs_is_seen(finished, tmp_path):
     weights = "adapter/melora_adapter.safetensors"
     changes = {f"{weights} differs": _change_last_bit(weights), "metrics.jsonl differs": _change_loss}
     changes["leftover .adapter.0f.tmp"] = lambda run: (run / ".adapter.0f.tmp").mkdir()
-    changes["peft/notes.md is in one of the two alone"] = lambda run: (run / "peft/notes.md").write_text("")
+    changes["peft/notes.md exists in only one of the two"] = lambda run: (run / "peft/notes.md").write_text("")
     changes[r"there are checkpoints of steps \[14\], not .*"] = _keep_last
     for found, change in changes.items():
         run = tmp_path / "run"

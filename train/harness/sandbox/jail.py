@@ -1,9 +1,8 @@
-"""Runs one program with almost no rights; a process of its own, started by `sandbox.py`, with nothing but Python.
+"""Runs one program with almost no rights, in its own process, started by `sandbox.py`, with nothing but Python.
 
-The kernel holds the limits, not Python: a list of the system calls that computing needs (seccomp), where any other one
-ends the process; no file but Python's own library can be read (Landlock), and none written, made or removed; no
-network, no further process or thread, no signal; and limits on time and memory. x86-64 Linux alone: the numbers are its
-own.
+The kernel enforces the limits, not Python. Seccomp allows the system calls that computing needs; any other one ends the
+process. Landlock allows reading Python's own library, and no file can be written, made or removed. There is no network,
+no further process or thread and no signal, and time and memory are limited. The numbers are those of x86-64 Linux.
 """
 
 import ctypes
@@ -15,7 +14,7 @@ import struct
 import sys
 from pathlib import Path
 
-# What reading, computing and ending need, by the kernel's numbers.
+# The system calls that reading, computing and ending need, by the kernel's numbers.
 _ALLOWED = """
 mmap 9, mprotect 10, munmap 11, brk 12, mremap 25, madvise 28,
 read 0, write 1, close 3, stat 4, fstat 5, lstat 6, poll 7, lseek 8, pread64 17, readv 19, writev 20, access 21,
@@ -27,7 +26,7 @@ clock_gettime 228, clock_getres 229, getrusage 98, sysinfo 99, uname 63, getrand
 getpid 39, gettid 186, getppid 110, getuid 102, getgid 104, geteuid 107, getegid 108,
 arch_prctl 158, set_tid_address 218, set_robust_list 273, rseq 334, membarrier 324, exit 60, exit_group 231
 """
-# Harmless questions, refused with ENOTTY (is it a terminal?) and EPERM.
+# Harmless queries, refused with ENOTTY (is it a terminal?) and EPERM.
 _REFUSED = {"ioctl": (16, 25), "fcntl": (72, 1), "getrlimit": (97, 1), "prlimit64": (302, 1)}
 _OPENAT = 257
 # O_WRONLY, O_RDWR, O_CREAT, O_TRUNC and O_TMPFILE's own bit
@@ -40,7 +39,7 @@ _NUMBER_AT, _ARCHITECTURE_AT, _THIRD_ARGUMENT_AT = 0, 4, 32
 
 
 def main() -> None:
-    """Runs the program named by the first argument; prints the word from standard input if that came to its end."""
+    """Runs the program of the first argument; prints the word from standard input if the program ends normally."""
     settings = json.loads(sys.stdin.readline())
     verdict = os.dup(1)
     nothing = os.open(os.devnull, os.O_RDWR)
@@ -75,7 +74,7 @@ def _limit(seconds: int, memory: int) -> None:
 
 
 def _hide_files(libc: ctypes.CDLL) -> None:
-    """Landlock (Linux 5.13 and later, where it is on): only Python, the system's libraries and this folder are read."""
+    """Landlock (Linux 5.13 and later, if enabled): only Python, the system's libraries and this folder are readable."""
     version = libc.syscall(444, None, ctypes.c_size_t(0), 1)
     if version < 1:
         return

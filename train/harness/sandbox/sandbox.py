@@ -1,4 +1,4 @@
-"""Programs that a model wrote, run by `jail.py` in processes of their own, with time and memory to use up alone."""
+"""Programs that a model wrote, each run by `jail.py` in its own process, with limits on time and memory."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _LONGEST_VERDICT = 200
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a program may use up.
+    """What a program may use.
 
     Attributes:
       seconds: of processor time.
-      wait: seconds on the clock, for one that sleeps, or on a machine that is busy elsewhere.
+      wait: seconds on the clock, for a program that sleeps, or on a busy machine.
       memory: bytes of address space.
     """
 
@@ -42,9 +42,9 @@ class Outcome:
 
 
 def require_sandbox() -> None:
-    """Raises ValueError where programs can't be held: not x86-64 Linux, or its kernel has no seccomp.
+    """Raises ValueError if programs can't be contained: not x86-64 Linux, or its kernel has no seccomp.
 
-    A program that reads a file and one that opens a socket are run to see that both are stopped.
+    It runs an empty program, which must pass, and one that opens a socket, which must be stopped.
     """
     system = f"{platform.system()} on {platform.machine()}"
     remedy = "leave out the tasks that run generated code, or run them on x86-64 Linux"
@@ -55,17 +55,17 @@ def require_sandbox() -> None:
 
 
 def run_program(program: str, limits: Limits | None = None) -> Outcome:
-    """Runs Python source, which passes if it comes to its end.
+    """Runs Python source, which passes if it ends without an error.
 
-    It can't write, make or remove a file, read one but Python's own, open a socket, start a process or a thread, or
-    send a signal: the attempt ends it. It sees an empty folder and environment and no input; what it prints is lost.
-    (Where the kernel has no Landlock it can read, but has nowhere to write or send what it read.)
+    It can't write, make or remove a file, read a file other than Python's own, open a socket, start a process or a
+    thread, or send a signal: an attempt ends it. Its folder, environment and input are empty, and its output is lost.
+    (If the kernel has no Landlock, it can read files, but can't write or send their content anywhere.)
 
     Raises:
       OSError: no process can be started.
     """
     limits = limits or Limits()
-    word = secrets.token_hex(16)  # said at the end, so that a program that leaves early has not passed
+    word = secrets.token_hex(16)  # printed at the end, so that a program that exits early has not passed
     settings = json.dumps({"word": word, "seconds": limits.seconds, "memory": limits.memory})
     with tempfile.TemporaryDirectory(prefix="melora-sandbox-") as folder:
         path = Path(folder) / "program.py"
@@ -95,7 +95,7 @@ def _outcome(process: subprocess.Popen[bytes], settings: str, word: str, limits:
         process.kill()
         process.wait()
         return Outcome(False, f"still there after {limits.wait:g} s")
-    # read only now: one that writes more than a pipe holds waits for ever, and is ended above
+    # read only now: a program that writes more than a pipe holds blocks, and is killed above
     said = os.read(process.stdout.fileno(), _LONGEST_VERDICT).decode("ascii", "replace")
     if code == 0 and said == word:
         return Outcome(True, "")

@@ -1,4 +1,4 @@
-"""`python -m train bench`: training-step times as ratios, all variants taking turns in one run."""
+"""`python -m train bench`: training-step times as ratios, with all variants taking turns in one run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from train.run_folder.log import replace_bytes
 _TARGETS = {"classification": ("query", "value"), "causal-lm": ("q_proj", "v_proj")}
 _SHAPES = {"classification": (32, 64), "causal-lm": (2, 256)}
 _SWEEPS = ("n", "r", "tokens", "width", "depth")
-_RANDOM = (384, 6)  # width and depth where a sweep says one of them alone
+_RANDOM = (384, 6)  # width and depth of random weights, unless a sweep varies them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Options:
     model: str | None = None
     """A folder, hub id or .gguf file; by default all-MiniLM-L6-v2 or SmolLM2-135M-Instruct, fetched once."""
     batch_size: int | None = None
-    """Rows a step; by default 32, or 2 of a causal-lm."""
+    """Rows a step; by default 32, or 2 for a causal-lm."""
     length: int | None = None
-    """Tokens a row; by default 64, or 256 of a causal-lm."""
+    """Tokens a row; by default 64, or 256 for a causal-lm."""
     rounds: int = 9
     """Rounds; in each, every variant takes one turn."""
     turn: int = 1
@@ -57,22 +57,22 @@ class Options:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the model."""
     only: tuple[str, ...] = ()
-    """Time these variants alone."""
+    """Time only these variants."""
     sweep: tuple[str, ...] = ()
-    """Such as n=1,4,8,16,32 r=1,8: every combination, against the frozen limit. tokens, width and depth vary the batch
-    and the size of a model of random weights."""
+    """Such as n=1,4,8,16,32 r=1,8: every combination, against the frozen limit. tokens varies the batch; width and
+    depth vary the size of a model with random weights."""
     compile_depths: tuple[int, ...] = ()
     """Instead of timing steps, compile one of a Llama-2-7B with these numbers of layers, from shapes."""
     out: Path | None = None
     """Write the result into this .json file, and its figure beside it."""
     title: str = "Training step"
-    """What the result is called."""
+    """The result's title."""
     page: Path | None = None
-    """Time nothing, but fill this Markdown page from the results that it names."""
+    """Instead of timing, fill this Markdown page from the results that it names."""
     results: Path = Path("results/speed")
     """Where the page's results are."""
     memory: bool = False
-    """Run each variant in a process of its own too, for its peak memory."""
+    """Also run each variant in its own process, for its peak memory."""
     alone: bool = False
     """Take two steps of the one variant named by --only and print the process's peak memory in bytes."""
 
@@ -118,7 +118,7 @@ def _finish(run: Run, options: Options, console: Console) -> int:
 
 @contextlib.contextmanager
 def _nothing_cached() -> Iterator[None]:
-    """Compilations are timed, so none comes out of a cache."""
+    """Turns the cache of compiled programs off, since compilations are timed."""
     settings: Any = jax.config
     before = settings.jax_enable_compilation_cache
     settings.update("jax_enable_compilation_cache", False)
@@ -132,27 +132,29 @@ def _sweep(word: str) -> tuple[str, tuple[int, ...]]:
     """A word such as n=1,2,4.
 
     Raises:
-      ValueError: it names no sweep, or not whole numbers.
+      ValueError: the word names no quantity, or its values are not whole numbers from 1.
     """
     name, _, values = word.partition("=")
     if name not in _SWEEPS:
-        raise ValueError(f"--sweep {word}: {name!r} is no quantity; choose from {', '.join(_SWEEPS)}, such as n=1,2,4")
+        raise ValueError(
+            f"--sweep {word}: {name!r} is not a quantity; choose from {', '.join(_SWEEPS)}, such as n=1,2,4"
+        )
     try:
         numbers = tuple(int(value) for value in values.split(","))
     except ValueError:
         numbers = ()
     if not numbers or min(numbers) < 1:
-        raise ValueError(f"--sweep {word}: {values!r} is no list of whole numbers from 1, such as 1,2,4")
+        raise ValueError(f"--sweep {word}: {values!r} is not a list of whole numbers from 1, such as 1,2,4")
     return name, numbers
 
 
 def _varied(sweeps: dict[str, tuple[int, ...]]) -> list[str]:
-    """The quantities that make subjects of their own."""
+    """The quantities that change the subject, not only the adapter."""
     return [name for name in sweeps if name in ("tokens", "width", "depth")]
 
 
 def _subjects(options: Options, sweeps: dict[str, tuple[int, ...]], folder: Path) -> Iterator[Bench]:
-    """What is timed: one subject, or one for each combination of tokens, width and depth."""
+    """The subjects to time: one, or one for each combination of tokens, width and depth."""
     names = _varied(sweeps)
     sized = "width" in names or "depth" in names
     model = "" if sized else _model(options, folder)
@@ -163,7 +165,7 @@ def _subjects(options: Options, sweeps: dict[str, tuple[int, ...]], folder: Path
         at = dict(zip(names, values, strict=True))
         count = at.get("tokens", rows * length)
         if count % length:
-            raise ValueError(f"--sweep tokens: {count} is no multiple of --length {length}")
+            raise ValueError(f"--sweep tokens: {count} is not a multiple of --length {length}")
         width, depth = (
             at.get(name, usual) if sized else 0 for name, usual in zip(("width", "depth"), _RANDOM, strict=True)
         )
@@ -174,7 +176,7 @@ def _model(options: Options, folder: Path) -> str:
     fetch = {"classification": fetch_minilm, "causal-lm": fetch_smollm2}[options.task]
     model = options.model or str(fetch(assets_cache()))
     if model.endswith(".gguf"):
-        # torch reads no such file without effort, and all shall have the same weights
+        # torch does not read GGUF files easily, and all variants must have the same weights
         kept = folder / Path(model).stem
         mj.save_pretrained(mj.from_pretrained(model, task=options.task, dtype=options.dtype), kept)
         model = str(kept)
@@ -182,10 +184,10 @@ def _model(options: Options, folder: Path) -> str:
 
 
 def _steps(options: Options, subject: Bench, sweeps: dict[str, tuple[int, ...]]) -> dict[str, Callable[[], Step]]:
-    """The variants that are asked for.
+    """The variants that the options name.
 
     Raises:
-      ValueError: none is.
+      ValueError: there is no such variant.
     """
     minis = list(itertools.product(sweeps.get("n", (8,)), sweeps.get("r", (8,) if "n" in sweeps else (1, 8))))
     steps = variants(subject, minis, detail=not sweeps)
@@ -223,7 +225,7 @@ def _take(step: Step, count: int) -> None:
 
 
 def _peak(name: str, subject: Bench) -> int:
-    """The peak resident memory of a process that takes two steps of one variant, loading and compiling counted."""
+    """The peak resident memory of a process that takes two steps of one variant, loading and compiling included."""
     values = {key: value for key, value in dataclasses.asdict(subject).items() if key not in ("width", "depth")}
     words = [word for key, value in (values | {"only": name}).items() for word in (f"--{key}", *_words(value))]
     command = [sys.executable, "-m", "train", "bench", "--alone", *words]
@@ -238,7 +240,7 @@ def _words(value: object) -> list[str]:
 
 
 def _turns(steps: dict[str, Step], rounds: int, turn: int) -> dict[str, list[float]]:
-    """Seconds a step of each variant in each round. Turns make what else the machine does fall on all alike."""
+    """Seconds a step of each variant in each round. Taking turns spreads disturbances evenly over the variants."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():

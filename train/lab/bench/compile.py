@@ -1,4 +1,4 @@
-"""How long a deep model's training step takes to compile, from shapes alone: no weights, and no memory for them."""
+"""How long a deep model's training step takes to compile, from shapes alone: it needs no weights and no memory."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def compile_rows(depths: Sequence[int], say: Callable[[str], None], sizes: dict[
 
     Args:
       depths: numbers of layers.
-      say: told what is going on.
-      sizes: the config.json but for its depth; by default Llama-2-7B's.
+      say: receives a message before each row.
+      sizes: the config.json without its depth; by default Llama-2-7B's.
     """
     rows = []
     for depth in depths:

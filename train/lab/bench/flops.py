@@ -1,4 +1,4 @@
-"""How much arithmetic a model is: the multiplications and additions of its matrix products."""
+"""How much arithmetic a model takes: the multiplications and additions of its matrix products."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-# The fastest dense bfloat16 products of a device, FLOP/s, from its maker's data sheet; by a part of the device's kind.
+# Peak FLOP/s of dense bfloat16 products, from the makers' data sheets; the keys are parts of a device's kind.
 _PEAKS = {
     "H100": 989e12,
     "H200": 989e12,
@@ -22,7 +22,7 @@ _PEAKS = {
 
 
 def forward_flops(function: Callable[..., Any], *arguments: Any) -> int:
-    """FLOPs of the matrix products that a function of arrays (or of their shapes) takes, loops counted out.
+    """FLOPs of a function's matrix products, each turn of its loops counted; its arguments are arrays or their shapes.
 
     >>> import jax.numpy as jnp
     >>> forward_flops(lambda x, w: x @ w, jnp.ones((3, 5)), jnp.ones((5, 7)))
@@ -32,7 +32,7 @@ def forward_flops(function: Callable[..., Any], *arguments: Any) -> int:
 
 
 def peak_flops(kind: str, dtype: str) -> float | None:
-    """A device's peak for products in `dtype`; None where it is not known.
+    """A device's peak FLOP/s for products in `dtype`; None if it is not known.
 
     >>> peak_flops("NVIDIA H100 80GB HBM3", "bfloat16"), peak_flops("cpu", "float32")
     (989000000000000.0, None)

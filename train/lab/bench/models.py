@@ -1,4 +1,4 @@
-"""Models of any size for `python -m train bench`: shapes in place of weights, or random weights, and no download."""
+"""Models of any size for `python -m train bench`, as shapes or with random weights, without a download."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LLAMA_2_7B = {
 
 
 def sizes_of(task: Task, width: int, depth: int) -> dict[str, Any]:
-    """The config.json of a BERT or a Llama `width` wide and `depth` layers deep."""
+    """The config.json of a BERT or Llama with hidden size `width` and `depth` layers."""
     sizes = {"hidden_size": width, "num_hidden_layers": depth, "max_position_embeddings": 4096}
     if task == "classification":
         inner = {"intermediate_size": 4 * width, "num_attention_heads": max(1, width // 64)}

@@ -1,4 +1,4 @@
-"""What a bench has found, as a JSON file: one a run, a record a subject, a row a step."""
+"""The results of a bench as a JSON file: a record for each subject, with a row for each step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "torch", "peft")
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One step's seconds, round by round, and what else is known of it."""
+    """One step's seconds in each round, and other facts about it."""
 
     name: str
     seconds: list[float]
@@ -37,7 +37,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """The steps of one subject, which took turns, the first being what the others are divided by."""
+    """The steps of one subject, which took turns; times are divided by those of the first."""
 
     subject: dict[str, Any]
     rows: list[Row]
@@ -48,11 +48,11 @@ class Record:
         return self.subject["batch_size"] * self.subject["length"]
 
     def ratio(self, row: Row) -> float:
-        """The median over rounds of a step's time over the first step's in the same round."""
+        """A step's time over the first step's in the same round, the median over rounds."""
         return statistics.median(mine / first for mine, first in zip(row.seconds, self.rows[0].seconds, strict=True))
 
     def flops_per_second(self, row: Row) -> float | None:
-        """The model's FLOP/s: a step's adapter is no part of the model."""
+        """The model's FLOP/s, without the adapter's arithmetic."""
         flops = row.facts["flops"]
         return flops and flops / row.median
 
@@ -67,10 +67,10 @@ class Run:
     """One run of the bench.
 
     Attributes:
-      title: what it is about.
-      machine: device, processor, cores, memory, system, versions, date.
-      sweep: the quantities that vary from record to record.
-      records: a subject each.
+      title: the heading.
+      machine: device, processor, system, versions and date.
+      sweep: the quantities that vary between records.
+      records: one for each subject.
       compiles: rows of the table of compilations.
     """
 
@@ -82,12 +82,12 @@ class Run:
 
 
 def row_of(name: str, seconds: list[float], facts: Facts, peak_bytes: int | None) -> Row:
-    """A row."""
+    """The row of one step."""
     return Row(name, seconds, facts._asdict(), peak_bytes)
 
 
 def record_of(bench: Bench, rows: list[Row]) -> Record:
-    """A record; of a model's folder only its name is kept."""
+    """The record of a subject; of a model's folder it keeps only the name."""
     return Record(dataclasses.asdict(bench) | {"model": Path(bench.model).name}, rows)
 
 
@@ -129,7 +129,7 @@ def load(path: Path) -> Run:
     """The inverse of `save`.
 
     Raises:
-      ValueError: the file is no bench's.
+      ValueError: the file is not a result of the bench.
     """
     try:
         values = json.loads(path.read_text())
@@ -138,7 +138,7 @@ def load(path: Path) -> Run:
         ]
         return Run(records=records, **values)
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is no result of the bench ({error}); write it again with --out {path}") from None
+        raise ValueError(f"{path} is not a result of the bench ({error}); write it again with --out {path}") from None
 
 
 def is_limit(row: Row) -> bool:

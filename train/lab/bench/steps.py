@@ -1,4 +1,4 @@
-"""The training steps that `python -m train bench` times: ours, and torch's with PEFT where they are installed."""
+"""The training steps that `python -m train bench` times: ours, and torch's with PEFT if they are installed."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from train.lab.bench.models import TASKS, Task, random_model
 from train.loop.losses import make_loss, measurer
 from train.run_folder.errors import RunError
 
-# The lowest module, trained alone: so gradients pass every layer and there is nothing else to compute.
+# The lowest module is trained alone, so that gradients pass every layer and nothing else is computed.
 _LOWEST = {"classification": "embeddings/LayerNorm", "causal-lm": "layers/0/input_layernorm"}
 LIMIT, FULL, TORCH = "frozen limit", "full fine-tuning", "torch+PEFT LoRA r=8"
 DROPOUT = 0.05
-_TORCH_WARM_UP = 8  # its first five or so steps in a fresh process take up to 1.6 times as long
+_TORCH_WARM_UP = 8  # torch's first steps in a fresh process are slower
 
 
 class Facts(NamedTuple):
-    """What is known of a step beside its time; None where it is not.
+    """Facts about a step besides its time; None if unknown.
 
     Attributes:
       trainable: parameters that it trains.
-      flops: of the model's matrix products in the step: the forward pass twice, or three times where the base learns.
+      flops: of the model's matrix products in the step: two forward passes' worth, or three if the base is trained.
       planned_bytes: arguments and temporaries as XLA plans them.
-      trace_seconds, compile_seconds, hlo_lines: of compiling it.
-      strategy: what the first adapter's strategy stands for.
+      trace_seconds, compile_seconds, hlo_lines: of its compilation.
+      strategy: the product that the first adapter's strategy chooses.
     """
 
     trainable: int | None = None
@@ -52,10 +52,10 @@ class Facts(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One training step, going on from the last at each call; `close` ends what it needs.
+    """One training step, which continues from the last at each call; `close` frees what it needs.
 
     Attributes:
-      warm_up: how many steps are taken before any is timed.
+      warm_up: how many steps to take before timing.
     """
 
     advance: Callable[[], Any]
@@ -66,10 +66,10 @@ class Step(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """What every variant is timed on: random rows without padding, the same for all.
+    """The subject that every variant is timed on: random rows without padding, the same for all.
 
     Attributes:
-      model: a folder or hub id; "" for random weights, `width` wide and `depth` layers deep.
+      model: a folder or hub id; "" for random weights with hidden size `width` and `depth` layers.
       task, batch_size, length, targets, dtype: as in the command's options.
     """
 
@@ -107,13 +107,13 @@ class Bench:
 
 
 def variants(bench: Bench, minis: Iterable[tuple[int, int]], detail: bool = True) -> dict[str, Callable[[], Step]]:
-    """The steps by name; the first is the frozen limit, forward pass and input gradients alone.
+    """The steps by name; the first is the frozen limit, with only a forward pass and input gradients.
 
     Args:
-      bench: what they are timed on.
-      minis: pairs of n and r, each of which is a step of MELoRA (of LoRA where n is 1).
-      detail: with, for each n above 1, LoRA of as many parameters and of the same rank; and for the last pair each
-        strategy and dropout; and full fine-tuning and torch.
+      bench: the subject.
+      minis: pairs of n and r; each is a step of MELoRA, or of LoRA if n is 1.
+      detail: whether to add, for each n above 1, LoRA with equally many parameters and with equal rank; for the last
+        pair, each strategy and dropout; and full fine-tuning and torch.
     """
     minis = tuple(minis)
     parts = nnx.split(bench.load())
@@ -149,7 +149,7 @@ def _jax_step(bench: Bench, parts: Any, config: mj.MELoRAConfig | None) -> Step:
     tx = mj.make_optimizer(model, 1e-4)
     loss = make_loss(measurer(bench.task, chunk=1024))
     state, frozen = mj.train_state(model, tx)
-    state = jax.tree.map(jnp.copy, state)  # the step deletes what it is given
+    state = jax.tree.map(jnp.copy, state)  # the step donates its arguments
     batch, key = bench.batch(), jax.random.key(0)
     began = time.perf_counter()
     lowered = mj.make_train_step(model, tx, loss).lower(state, frozen, batch, key)
@@ -178,7 +178,7 @@ def _jax_step(bench: Bench, parts: Any, config: mj.MELoRAConfig | None) -> Step:
 
 
 def _strategy(model: Any, tokens: int) -> str:
-    """That of the first layer with an adapter."""
+    """The strategy of the first layer with an adapter."""
     layers = (node for _, node in nnx.iter_graph(model) if isinstance(node, mj.MELoRADense))
     return next(layers).strategy_for(tokens)
 
@@ -187,7 +187,7 @@ _SERVE = "import sys, train.lab.bench.steps as steps; steps.serve_torch(sys.argv
 
 
 def _torch_apart(bench: Bench) -> Step:
-    """torch's step in a process of its own: neither library's idle threads nor settings of malloc touch the other.
+    """torch's step in its own process, so that neither library's threads or malloc settings affect the other.
 
     Raises:
       RunError: the process ended.
@@ -205,7 +205,7 @@ def _torch_apart(bench: Bench) -> Step:
         except BrokenPipeError:
             answer = ""
         if answer != "done\n":
-            raise RunError("the process that takes torch's steps ended; its error stands above")
+            raise RunError("the process that takes torch's steps ended; its error is printed above")
 
     def close() -> None:
         with process:
@@ -225,7 +225,7 @@ def serve_torch(words: str) -> None:
 
 def torch_step(bench: Bench) -> Callable[[], None]:
     """The step of torch and PEFT on the same model and rows."""
-    # Neither comes with the application: types are checked without them, and the bench leaves this row out.
+    # Both are optional: types are checked without them, and without them the bench leaves this row out.
     peft, torch = map(importlib.import_module, ("peft", "torch"))
     import transformers
 

@@ -22,7 +22,7 @@ from train.run_folder.errors import RunError
 from train.run_folder.log import FILE_NAME, replace_text
 
 _POLL = 0.001  # seconds between two looks at the folder of checkpoints
-_SAVING = 0.1  # a kill that aims at a save comes within so many seconds of its first sign
+_SAVING = 0.1  # a kill during a save comes within this many seconds of the save's first sign
 
 Process: TypeAlias = "subprocess.Popen[bytes]"
 # Waits for the moment of a kill, or for the end of the process if that is sooner.
@@ -31,9 +31,9 @@ Moment: TypeAlias = "Callable[[Process, _Trial, np.random.Generator], None]"
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Kill a run with SIGKILL at random moments, from its start, in its training or in a save; resume it; compare.
+    """Kill a run with SIGKILL at random moments, from its start, in training or in a save; resume it; compare.
 
-    Further options are those of `run`. In output.folder come uninterrupted/ and, where an end differs, killed-N/.
+    Further options are those of `run`. output.folder gets uninterrupted/ and, for each end that differs, killed-N/.
     """
 
     recipe: Annotated[str, tyro.conf.Positional]
@@ -46,7 +46,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Kill:
-    """One killed run: whether a write was under way, whether a checkpoint was there, what differs at its end."""
+    """One killed run: whether a write was under way, whether a checkpoint existed, and what differs at its end."""
 
     writing: bool
     saved: bool
@@ -55,15 +55,15 @@ class Kill:
     def __str__(self) -> str:
         moment = "in a write" if self.writing else "between writes"
         since = "" if self.saved else ", before the first checkpoint"
-        return f"killed {moment}{since}: {'; '.join(self.differences) or 'the end is bitwise equal'}"
+        return f"killed {moment}{since}: {'; '.join(self.differences) or 'the end is bit-identical'}"
 
 
 def crash_test(words: Sequence[str]) -> int:
     """Runs the test; returns the exit code.
 
     Raises:
-      ValueError: a bad recipe or option, or the folder is there already.
-      RunError: a run failed, or did not end as the uninterrupted one.
+      ValueError: a bad recipe or option, or the folder exists already.
+      RunError: a run failed, or its end differs from that of the uninterrupted one.
     """
     options, overrides = tyro.cli(
         Options, args=list(words), prog="python -m train crash-test", return_unknown_args=True, use_underscores=True
@@ -99,7 +99,7 @@ class _Trial:
         self.config = dataclasses.replace(config, output=OutputConfig(str(folder)))
 
     def start(self) -> Process:
-        """Starts the run, or lets it go on where there is something of it."""
+        """Starts the run, or resumes it if it has checkpoints."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         replace_text(self.recipe, to_toml(self.config))
         resume = ["--resume"] if self.checkpoints.exists() else []
@@ -122,7 +122,7 @@ class _Trial:
         return (self.folder / FILE_NAME).exists()
 
     def has_checkpoint(self) -> bool:
-        """Whether there is a complete checkpoint."""
+        """Whether a checkpoint is complete."""
         return any(entry.name.isdigit() for entry in self.checkpoints.glob("*"))
 
     def saves_under_way(self) -> set[str]:
@@ -138,14 +138,14 @@ class _Trial:
 
 @dataclasses.dataclass(frozen=True)
 class _Spent:
-    """Seconds that the uninterrupted run took: before its training began, and in all. Its methods wait for a moment."""
+    """Seconds of the uninterrupted run: before its training began, and in all. Its methods wait for a random moment."""
 
     before: float
     whole: float
 
     @classmethod
     def measure(cls, reference: _Trial) -> _Spent:
-        """Takes the time of a run."""
+        """Runs and times the reference."""
         began = time.monotonic()
         process = reference.start()
         _wait_for(process, reference.has_begun)
@@ -158,12 +158,12 @@ class _Spent:
         time.sleep(rng.uniform(0, self.whole))
 
     def in_training(self, process: Process, trial: _Trial, rng: np.random.Generator) -> None:
-        """Any moment from the start of training to the end."""
+        """Any moment of training."""
         _wait_for(process, trial.has_begun)
         time.sleep(rng.uniform(0, self.whole - self.before))
 
     def in_a_save(self, process: Process, trial: _Trial, rng: np.random.Generator) -> None:
-        """A moment in, or just after, one of the first three saves."""
+        """A moment in or just after one of the first three saves."""
         which, seen = int(rng.integers(1, 4)), set()
 
         def begun() -> bool:
@@ -180,9 +180,9 @@ def _wait_for(process: Process, condition: Callable[[], bool]) -> None:
 
 
 def _kill_and_resume(trial: _Trial, reference: _Trial, moment: Moment, rng: np.random.Generator) -> Kill:
-    """Kills one run at a moment and lets it come to its end."""
+    """Kills one run at a moment, then resumes it to its end."""
     while not _killed(trial, moment, rng):
-        trial.remove()  # it came to its end before: once more
+        trial.remove()  # it ended before the kill: try again
     writing, saved = bool(temporary_entries(trial.folder)), trial.has_checkpoint()
     trial.require_success(trial.start())
     kill = Kill(writing, saved, differences(trial.folder, reference.folder))
@@ -192,7 +192,7 @@ def _kill_and_resume(trial: _Trial, reference: _Trial, moment: Moment, rng: np.r
 
 
 def _killed(trial: _Trial, moment: Moment, rng: np.random.Generator) -> bool:
-    """Starts a run and kills it; False if it ended by itself before."""
+    """Starts a run and kills it; False if it ended before that."""
     process = trial.start()
     moment(process, trial, rng)
     ended = process.poll() is not None
@@ -202,7 +202,7 @@ def _killed(trial: _Trial, moment: Moment, rng: np.random.Generator) -> bool:
 
 
 def _conclude(kills: list[Kill], console: Console) -> int:
-    """Says how many ends are equal.
+    """Prints how many ends are equal.
 
     Raises:
       RunError: not all are.
@@ -210,7 +210,7 @@ def _conclude(kills: list[Kill], console: Console) -> int:
     equal = sum(not kill.differences for kill in kills)
     writing, early = sum(kill.writing for kill in kills), sum(not kill.saved for kill in kills)
     summary = (
-        f"{equal} of {len(kills)} killed runs went on and ended bitwise equal to the uninterrupted one; "
+        f"{equal} of {len(kills)} killed runs resumed and ended bit-identical to the uninterrupted one; "
         f"{writing} were killed in a write, {early} before their first checkpoint"
     )
     if equal < len(kills):

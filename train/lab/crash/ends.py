@@ -1,4 +1,4 @@
-"""Whether two runs ended alike: every file and array, bit by bit, all but what tells the time and the place."""
+"""Whether two runs ended alike: every file and array, bit for bit, except for times and the folder's own name."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from train.loop.checkpoint import Bookkeeping, Checkpoints
 from train.run_folder.leftovers import leftovers
 from train.run_folder.log import read_metrics
 
-# Equal runs differ in when they ran, and in where: config.toml and the report name their own folder.
+# Equal runs differ in their times, and in config.toml and the report, which name their own folder.
 _OF_TIME = ("seconds", "examples_per_second", "tokens_per_second", "memory_bytes")
 _OF_PLACE = ("config.toml", "report.html", "metrics.jsonl")
 
 
 def differences(folder: Path, reference: Path) -> list[str]:
-    """What in the run of `folder` is not as in that of `reference`, and what a killed write left; empty where alike."""
+    """How the run in `folder` differs from `reference`, and leftovers of killed writes; empty if they are alike."""
     found = [f"leftover {entry.name}" for entry in temporary_entries(folder)]
     ours, theirs = _files(folder), _files(reference)
-    found += [f"{name} is in one of the two alone" for name in sorted(ours.keys() ^ theirs.keys())]
+    found += [f"{name} exists in only one of the two" for name in sorted(ours.keys() ^ theirs.keys())]
     common = sorted(ours.keys() & theirs.keys() - set(_OF_PLACE))
     found += [f"{name} differs" for name in common if ours[name].read_bytes() != theirs[name].read_bytes()]
     if _events(folder) != _events(reference):
@@ -30,12 +30,12 @@ def differences(folder: Path, reference: Path) -> list[str]:
 
 
 def temporary_entries(folder: Path) -> list[Path]:
-    """The temporary files and folders of writes under way, or killed, in a run's folder."""
+    """Temporary files and folders, of writes under way or killed, in a run's folder."""
     return leftovers(folder) + sorted((folder / "checkpoints").glob("*tmp*"))
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """The run's files by name, without its checkpoints, whose files hold times and random names."""
+    """The run's files by name, without its checkpoints, whose files contain times and random names."""
     names = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
     return {name: path for name, path in names.items() if not name.startswith("checkpoints")}
 

@@ -1,4 +1,4 @@
-"""The arms of a comparison: a method and what is particular about it, in one word such as `melora:n=8,r=2`."""
+"""The arms of a comparison: a method with its settings, in one word such as `melora:n=8,r=2`."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Arm:
         return re.sub(r"[^a-z0-9.+-]+", "-", self.word.lower().replace("=", "").replace(".", "-")).strip("-")
 
     def configured(self, config: RunConfig, **more: Any) -> RunConfig:
-        """`config` with the arm's settings, and `more` as section__key, put over it.
+        """`config` overridden by the arm's settings and by `more`, whose names are section__key.
 
         Raises:
-          ValueError: settings that do not fit together; names the arm.
+          ValueError: settings that do not fit together; the message names the arm.
         """
         changes: dict[str, dict[str, Any]] = {}
         for dotted, value in [
@@ -41,7 +41,7 @@ class Arm:
             section, _, key = dotted.partition(".")
             changes.setdefault(section, {})[key] = value
         sections: dict[str, Any] = {name: getattr(config, name) for name in changes}
-        # The arm is another method than the recipe's: of the recipe's adapter it takes what it can use.
+        # The arm's method may differ from the recipe's; it takes over the adapter settings that it has too.
         sections["adapter"] = section_for(self.settings["adapter.method"], config.adapter)
         try:
             replaced = {name: dataclasses.replace(section, **changes[name]) for name, section in sections.items()}
@@ -51,7 +51,7 @@ class Arm:
 
 
 def arm_from_word(word: str) -> Arm:
-    """The arm that METHOD or METHOD:KEY=VALUE,... names. A key without a section is one of [adapter].
+    """The arm that METHOD or METHOD:KEY=VALUE,... names. A key without a section belongs to [adapter].
 
     Raises:
       ValueError: an unknown key, or a value of the wrong kind.
@@ -77,7 +77,7 @@ def arms_from_words(words: Sequence[str]) -> list[Arm]:
     """The arms, each once.
 
     Raises:
-      ValueError: none, one twice, or as `arm_from_word`.
+      ValueError: no arm, an arm twice, or as in `arm_from_word`.
     """
     arms = [arm_from_word(word) for word in words]
     if not arms:
@@ -90,7 +90,7 @@ def arms_from_words(words: Sequence[str]) -> list[Arm]:
 
 
 def _value(word: str, dotted: str, text: str, hints: Mapping[str, Any]) -> Any:
-    """The text as the key's own type."""
+    """The text converted to the type of the key."""
     section, _, key = dotted.partition(".")
     known = typing.get_type_hints(hints[section]) if section in hints else {}
     if key not in known:
@@ -98,5 +98,5 @@ def _value(word: str, dotted: str, text: str, hints: Mapping[str, Any]) -> Any:
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text  # a word without quotes
+        value = text  # a string without quotes
     return fit_value(value, known[key], f"{word}: {dotted}")

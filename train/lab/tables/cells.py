@@ -1,4 +1,4 @@
-"""The runs of a table's row, trained as one population; what is finished is kept, and what was broken off goes on."""
+"""The runs of a table's row, trained as one population; finished runs are kept, and interrupted ones resumed."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from train.report.report import FILE_NAME
 
 
 def run_cells(configs: Sequence[RunConfig], folder: Path, command: Sequence[str]) -> Outcome | None:
-    """Trains runs that differ in numbers alone to their end, unless their folders hold them finished.
+    """Trains runs that differ only in numbers, except for those that are finished.
 
     Args:
-      configs: of the runs.
-      folder: for what a population of several has in common.
-      command: the words that go on with it.
+      configs: the runs' configurations.
+      folder: for what several runs share as a population.
+      command: the words of the command that resumes it.
 
     Returns:
-      None, or how a run ended that a signal stopped.
+      None, or the outcome of a run that a signal stopped.
     """
     if all(is_finished(Path(config.output.folder)) for config in configs):
         return None
@@ -34,8 +34,7 @@ def run_cells(configs: Sequence[RunConfig], folder: Path, command: Sequence[str]
     for config in configs:
         if not is_finished(Path(config.output.folder)):
             raise ValueError(
-                f"{folder} says that its runs are finished, and {config.output.folder} is not; remove both to train "
-                "again"
+                f"{folder} lists its runs as finished, but {config.output.folder} is not; remove both to train again"
             )
     return None
 
@@ -51,7 +50,7 @@ def _run_alone(config: RunConfig) -> Outcome | None:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a run in `folder` came to its end: its report is written last."""
+    """Whether the run in `folder` is complete: its report is written last."""
     return (folder / FILE_NAME).exists()
 
 

@@ -30,7 +30,7 @@ class Point:
 
     @property
     def name(self) -> str:
-        """The values in the words of a folder's name."""
+        """The values as a folder's name."""
         return _name(self.values)
 
 
@@ -38,7 +38,7 @@ def parse_grid(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """Words such as `optim.learning_rate=1e-3,2e-3` as key → values.
 
     Raises:
-      ValueError: not KEY=VALUE,VALUE; a key unknown, twice, or not to be varied; no value, or one twice.
+      ValueError: a word is not KEY=VALUE,VALUE; a key is unknown, repeated or can't vary; a value is empty or repeated.
 
     >>> parse_grid(["adapter.n=1,4"])
     {'adapter.n': ('1', '4')}
@@ -77,10 +77,10 @@ def points_of(
       recipe, overrides: as for `from_toml`.
       grid: from `parse_grid`.
       seeds: runs at each point.
-      own_order: each seed has its own order of rows; else all have that of the first.
+      own_order: each seed has its own order of rows; else all use that of the first seed.
 
     Raises:
-      ValueError: as for `from_toml`; no or one run; two runs that are the same.
+      ValueError: as for `from_toml`; nothing to vary; two runs that are the same.
     """
     if seeds < 1:
         raise ValueError(f"--seeds {seeds} makes a grid of zero runs; give at least 1")
@@ -111,7 +111,7 @@ def _name(values: Sequence[tuple[str, str]]) -> str:
 
 
 def _require_different(points: Sequence[Point]) -> None:
-    """Two spellings of one value, or two folders of one name."""
+    """Refuses two spellings of one value, and two runs with one folder name."""
     settings: dict[str, Point] = {}
     folders: dict[str, Point] = {}
     for point in points:

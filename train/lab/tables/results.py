@@ -1,4 +1,4 @@
-"""The results of a table: read from its runs' folders, and what they say in numbers."""
+"""The results of a table, read from its runs' folders, and statistics over them."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Result:
     Attributes:
       task, word: the row.
       settings: of the arm, by dotted key.
-      metric: by which its evaluations are ranked.
-      n, r, rank: of its adapters, r as text where layers differ; 0 and "-" without adapters.
+      metric: ranks its evaluations.
+      n, r, rank: of its adapters; r is "mixed" if layers differ; without adapters 0, "-" and 0.
       parameters, head: numbers of trained parameters in adapters and in heads.
-      rate: the learning rate of its runs; `choices` has the scores on held-back rows that it was chosen by.
+      rate: the learning rate of its runs; `choices` has each rate's score on held-back rows.
       steps: of one run.
       last, best: the score after the last step, and the best of all evaluations, by seed.
       effective: the effective rank of the trained updates, mean over layers and seeds; None without adapters.
@@ -61,24 +61,24 @@ class Result:
 
     @property
     def best_score(self) -> Interval:
-        """The mean over seeds of each run's best evaluation: the paper's protocol, and optimistic."""
+        """The mean over seeds of each run's best evaluation: the paper's protocol, which is optimistic."""
         return interval(list(self.best.values()))
 
     @property
     def at_edge(self) -> bool:
-        """Whether the chosen learning rate was the least or the greatest on offer, so that a better may lie beyond."""
+        """Whether the chosen learning rate is the least or greatest one tried, so that a better one may lie beyond."""
         rates = sorted(map(float, self.choices))
         return len(rates) > 1 and self.rate in (rates[0], rates[-1])
 
     def against(self, reference: Result) -> Difference:
-        """Its last scores against another row's, seed by seed; where less is better, the sign is turned."""
+        """Its last scores against another row's, seed by seed, with the sign reversed if less is better."""
         sign = 1.0 if is_better(self.metric, 1.0, 0.0) else -1.0
         pairs = [(sign * self.last[seed], sign * reference.last[seed]) for seed in self.last if seed in reference.last]
         return difference([ours for ours, _ in pairs], [theirs for _, theirs in pairs])
 
 
 def write_manifest(folder: Path, rows: Sequence[Row], reference: str, command: str) -> None:
-    """States in `folder`/table.json what the table consists of, so that its results can be read without its options."""
+    """Writes the table's rows and runs into `folder`/table.json, so that results can be read without the options."""
     entries = [
         {
             "task": row.task,
@@ -98,7 +98,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """What `write_manifest` wrote.
 
     Raises:
-      ValueError: there is none, or it is damaged.
+      ValueError: the file is missing or damaged.
     """
     path = folder / MANIFEST
     try:
@@ -116,7 +116,7 @@ def read_results(folder: Path) -> list[Result]:
 
 
 def score_after_last(run: Run) -> float:
-    """The ranking metric after a run's last step; NaN where its loss was not finite before that."""
+    """The ranking metric after a run's last step; NaN if its loss stopped being finite before that."""
     evaluated = [event for event in run.evaluations if event["step"] == run.last_step]
     return float(evaluated[-1][run.metrics[0]]) if evaluated else math.nan
 

@@ -1,4 +1,4 @@
-"""What several seeds say: means, intervals, and whether one method's scores differ from another's."""
+"""Statistics over seeds: means, intervals, and whether one method's scores differ from another's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LEVEL = 0.95
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """A mean of `count` values, and half the width of its confidence interval: NaN for one value alone."""
+    """A mean of `count` values, and half the width of its confidence interval, NaN for a single value."""
 
     mean: float
     half: float
@@ -29,7 +29,7 @@ def interval(values: Sequence[float], level: float = LEVEL) -> Interval:
     """Student's t interval of the mean: mean ± t_{(1+level)/2, m-1}·s/√m.
 
     Args:
-      values: one score a seed, at least one.
+      values: a score for each seed, at least one.
       level: of confidence.
 
     >>> str(interval([0.7, 0.8, 0.9]))
@@ -49,17 +49,17 @@ Verdict = Literal["wins", "ties", "loses", "one seed"]
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """How an arm's scores differ from the reference's, seed by seed, and what that says at the level asked for."""
+    """How an arm's scores differ from the reference's, seed by seed, and the verdict at the confidence level."""
 
     interval: Interval
     verdict: Verdict
 
 
 def difference(scores: Sequence[float], reference: Sequence[float], level: float = LEVEL) -> Difference:
-    """The paired difference of two arms at the same seeds; an interval that holds 0 is a tie.
+    """The paired difference of two arms at the same seeds; an interval that contains 0 is a tie.
 
     Raises:
-      ValueError: not one reference score for each score.
+      ValueError: the numbers of scores differ.
 
     >>> difference([0.71, 0.72, 0.74], [0.61, 0.63, 0.64]).verdict
     'wins'

@@ -1,8 +1,8 @@
-"""The studies of n and r: which rows of a table belong on one curve, and what the curve says.
+"""The studies of n and r: which rows of a table form one curve, and what the curve shows.
 
-The paper asks how the score moves with the number of minis n and with their rank r. Both move something else along: at
-equal r the parameters stay and the rank n·r grows; at equal rank the parameters shrink. So there is one study for each
-question, and each curve holds rows that differ in nothing but the two numbers.
+The paper asks how the score depends on the number of minis n and on their rank r. Each also changes something else: at
+equal r, the parameters stay equal and the rank n·r grows with n; at equal rank, the parameters shrink. So each question
+has its own study, and the rows of a curve differ only in these two numbers.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ _VARIED = ("adapter.method", "adapter.n", "adapter.r")
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """One question: which rows, over what, and what they have in common along a curve.
+    """One question: which rows it compares, over which quantity, and what the rows of a curve share.
 
     Attributes:
       name: of its figure.
       title: the question.
       symbol, x: the horizontal axis.
-      together, same: what rows of one curve share, and that in words.
+      together, same: what the rows of one curve share, as a value and in words.
     """
 
     name: str
@@ -65,7 +65,7 @@ STUDIES = (
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """Rows of one task along a study's axis, in its order."""
+    """Rows of one task, ordered along a study's axis."""
 
     task: str
     label: str
@@ -86,7 +86,7 @@ class Curve:
 
 
 def curves(study: Study, results: Sequence[Result]) -> list[Curve]:
-    """The curves that a study finds among the results: two points at least, and nothing varied but n and r."""
+    """A study's curves among the results: each has at least two points, and its rows differ only in n and r."""
     groups: dict[tuple[Hashable, ...], list[Result]] = {}
     for row in results:
         if row.settings["adapter.method"] in _OF_BLOCKS and row.r.isdigit():

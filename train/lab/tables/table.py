@@ -1,4 +1,4 @@
-"""The plan of a table: which runs its rows are made of, all checked before the first begins."""
+"""The plan of a table: the runs of its rows, all checked before the first begins."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from train.config.tasks import GLUE
 from train.data.files import READERS
 from train.lab.tables.arms import Arm, arms_from_words
 
-# The eight tasks of the paper's table, in its order; WNLI is left out there too.
+# The eight tasks of the paper's table, in its order; the paper leaves out WNLI too.
 TASKS = ("mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb")
 WARM_STARTED = ("mrpc", "rte", "stsb")
 
@@ -21,18 +21,18 @@ WARM_STARTED = ("mrpc", "rte", "stsb")
 class Row:
     """A task and an arm: `rates` to choose from on rows held back from training, then `seeds` at the best of them.
 
-    Seeds draw heads, adapters and dropout; the order of rows is the first seed's for all, so that they make one
+    Seeds draw heads, adapters and dropout. All seeds use the first one's order of rows, so that they form one
     population.
 
     Attributes:
       task: a recipe's name.
       arm: the method.
-      base: the configuration that the runs have in common, at the recipe's own learning rate.
-      rates: learning rates to choose from; with one there is nothing to choose.
+      base: the configuration that the runs share, at the recipe's own learning rate.
+      rates: learning rates to choose from; a single one is taken without a choice.
       seeds: of the reported runs.
-      held_back: training rows that the choice is made on.
+      held_back: training rows on which the rate is chosen.
       folder: where the row's runs go.
-      starts_from: the row whose best adapter is this one's start, by seed.
+      starts_from: the row whose best adapter this one starts from, by seed.
     """
 
     task: str
@@ -45,7 +45,7 @@ class Row:
     starts_from: Row | None = None
 
     def choices(self) -> dict[float, RunConfig]:
-        """A run for each learning rate, at the first seed, evaluated on held-back rows; none where one is given."""
+        """A run for each learning rate, at the first seed, evaluated on held-back rows; none for a single rate."""
         if len(self.rates) == 1:
             return {}
         return {rate: self._run(rate, self.seeds[0], f"rate-{rate:g}", self.held_back) for rate in self.rates}
@@ -55,7 +55,7 @@ class Row:
         return [self._run(rate, seed, f"seed-{seed}", None) for seed in self.seeds]
 
     def check(self) -> None:
-        """Raises ValueError where one of its runs has settings that do not fit, before any is made."""
+        """Raises ValueError if the settings of one of its runs do not fit together."""
         self.choices()
         self.reported(self.rates[0])
 
@@ -90,13 +90,13 @@ def plan_table(
     warm_start: bool,
     overrides: Sequence[str],
 ) -> list[Row]:
-    """The rows of a table, in the order in which they are to be run.
+    """The rows of a table, in the order of running.
 
     Args:
       model: a folder or hub id; None leaves the recipes' own.
       tasks: names of GLUE recipes, or "all".
       methods: arms by their words.
-      folder: where results go, a folder a task.
+      folder: where results go, one folder for each task.
       data: a folder of TASK/train.* and TASK/validation.* with GLUE's columns; None reads the hub.
       rates: learning rates to choose from; empty takes the recipes' own.
       seeds: seeds of the reported runs.
@@ -105,7 +105,7 @@ def plan_table(
       overrides: `--section.key value` words for every recipe.
 
     Raises:
-      ValueError: an unknown task or method, no run at all, files that are not there, settings that do not fit.
+      ValueError: an unknown task or method, no run at all, missing files, or settings that do not fit together.
     """
     arms = arms_from_words(methods)
     if not seeds or len(set(seeds)) < len(seeds) or len(set(rates)) < len(rates):
@@ -162,8 +162,8 @@ def _files(folder: Path) -> Mapping[str, Path]:
         if len(there) != 1:
             listed = ", ".join(path.name for path in there) or "nothing"
             raise ValueError(
-                f"{folder} must hold one {split} file ({', '.join(READERS)}), and holds {listed}; give such a folder "
-                "a task to --data, or leave --data out to read the hub"
+                f"{folder} must hold one {split} file ({', '.join(READERS)}), and holds {listed}; give --data such a "
+                "folder for each task, or leave --data out to read the hub"
             )
         found[split] = there[0]
     return found
