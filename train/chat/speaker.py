@@ -30,11 +30,17 @@ class Manner:
     """How answers are generated: the settings of `melora_jax.generate`, and strings that end an answer."""
 
     max_new_tokens: int = 256
+    """The longest answer, in tokens."""
     temperature: float = 0.0
+    """0 always takes the likeliest token; above 0, tokens are drawn."""
     top_k: int | None = None
+    """Draw from this many of the likeliest tokens."""
     top_p: float | None = None
+    """Draw from the smallest set of likeliest tokens with this probability, after top-k."""
     seed: int = 0
+    """Seed of the draws."""
     stop: tuple[str, ...] = ()
+    """Strings that end an answer; it is cut right before them."""
 
 
 @dataclasses.dataclass

@@ -22,12 +22,12 @@ from train.chat.speaker import (
     template_of_run,
 )
 from train.data.conversations import Conversation, Turn
-from train.data.files import read_table
+from train.data.files import read_table, require_file
 from train.data.tokens import read_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(Manner):
     """Answers a prompt, a file of prompts, or, without either, each line that is typed."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
@@ -44,18 +44,6 @@ class Options:
     template: Literal["chat", "alpaca", "none"] | None = None
     """The template of the text for the model: the tokenizer's own chat template, Stanford Alpaca's, or none. By default
     the one of the adapter's run or, without a run, the tokenizer's own, if it has one."""
-    max_new_tokens: int = 256
-    """The longest answer, in tokens."""
-    temperature: float = 0.0
-    """0 always takes the likeliest token; above 0, tokens are drawn."""
-    top_k: int | None = None
-    """Draw from this many of the likeliest tokens."""
-    top_p: float | None = None
-    """Draw from the smallest set of likeliest tokens with this probability, after top-k."""
-    seed: int = 0
-    """Seed of the draws."""
-    stop: tuple[str, ...] = ()
-    """Strings that end an answer; it is cut right before them."""
     batch_size: int = 8
     """How many prompts of a file are answered together."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -119,8 +107,7 @@ def _read_prompts(path: Path) -> Iterator[tuple[str, str]]:
         table = read_table(path, ["prompt"])
         yield from ((table.where(row), text) for row, text in enumerate(table.columns["prompt"]))
         return
-    if not path.is_file():
-        raise ValueError(f"no file at {path}; paths are relative to the current folder {Path.cwd()}")
+    require_file(path)
     lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     yield from ((f"{path} line {number}", line) for number, line in enumerate(lines, start=1))
 

@@ -76,7 +76,7 @@ def find_rows(path: str | Path, share: Share = ALONE) -> Part:
     path = Path(path)
     if path.suffix.lower() not in READERS:
         raise ValueError(f"{path} has no known format; give a file that ends in {', '.join(READERS)}")
-    share.together(lambda: _require_file(path))
+    share.together(lambda: require_file(path))
     share.agree(str(path), lambda: _fingerprint(path))
     lines = share.before(lambda: bytes_of_part(path, share)[1].count(b"\n")) if path.suffix.lower() == ".jsonl" else 0
     return Part(path, share, lines)
@@ -110,7 +110,8 @@ def _columns(part: Part, columns: Sequence[str]) -> Table:
     return Table(str(part.path), values, part.unit, numbers)
 
 
-def _require_file(path: Path) -> None:
+def require_file(path: Path) -> None:
+    """Raises ValueError if there is no such file."""
     if not path.is_file():
         raise ValueError(f"no file at {path}; paths are relative to the current folder {Path.cwd()}")
 

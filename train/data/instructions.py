@@ -12,7 +12,7 @@ import numpy as np
 from train.config.schema import DataConfig
 from train.data.conversations import FORMATS, Conversation, find_format, read_conversations
 from train.data.files import find_rows, no_rows
-from train.data.labelled import download_splits, rows_of_split
+from train.data.hub import download_splits, find_split, rows_of_split
 from train.hosts.shares import ALONE, Share
 
 T = TypeVar("T")
@@ -101,14 +101,11 @@ def _placed_rows(path: Path, share: Share) -> PlacedRows:
 
 def _hub_rows(config: DataConfig, both: bool, share: Share) -> list[tuple[str, PlacedRows]]:
     splits = share.together(lambda: download_splits(str(config.name), config.subset))
+    remedy = "set data.validation_split, or hold out some of the training rows"
     parts = []
     for split in ("train", config.validation_split or "validation") if both else ("train",):
-        source = f"{config.name} {split}"
-        if split not in splits:
-            there = ", ".join(map(str, splits))
-            remedy = "set data.validation_split, or hold out some of the training rows"
-            raise ValueError(f"{config.name} has no split {split!r}; splits there: {there}; {remedy}")
-        own = rows_of_split(source, splits[split], share)
-        rows = enumerate(splits[split].select(own).to_list(), start=own.start + 1)
+        source, found = f"{config.name} {split}", find_split(splits, str(config.name), split, remedy)
+        own = rows_of_split(source, found, share)
+        rows = enumerate(found.select(own).to_list(), start=own.start + 1)
         parts.append((source, [(f"{source} row {row}", record) for row, record in rows]))
     return parts

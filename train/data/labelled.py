@@ -5,18 +5,16 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from train.config.schema import DataConfig
 from train.config.tasks import HUB_NAME, PREFIX, glue_task
 from train.data.files import Table, missing_column, read_table
+from train.data.hub import download_splits, find_split, rows_of_split
 from train.data.labels import class_numbers, find_classes, label_words, regression_values
 from train.hosts.shares import ALONE, Share
-
-if TYPE_CHECKING:
-    from datasets import DatasetDict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,31 +152,10 @@ def _load_hub(config: DataConfig, columns: Sequence[str], share: Share) -> tuple
     splits = share.together(lambda: download_splits(name, subset))
     tables = []
     for split in ("train", held_out):
-        if split not in splits:
-            there = ", ".join(map(str, splits))
-            raise ValueError(f"{config.name} has no split {split!r}; splits there: {there}; set data.validation_split")
-        tables.append(_hub_table(f"{config.name} {split}", splits[split], columns, share))
+        found = find_split(splits, str(config.name), split, "set data.validation_split")
+        tables.append(_hub_table(f"{config.name} {split}", found, columns, share))
     feature = splits["train"].features[config.label]
     return tables[0], tables[1], tuple(getattr(feature, "names", None) or ())
-
-
-def download_splits(name: str, subset: str | None) -> DatasetDict:
-    """A hub data set's splits.
-
-    Raises:
-      ValueError: the hub is not in reach, or has no such data set or subset.
-    """
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
-    try:
-        return load_dataset(name, subset)
-    except ConnectionError as error:
-        remedy = "check the network, or give local files by data.train and data.validation"
-        raise ValueError(f"the Hugging Face hub is not in reach for {name!r}; {remedy}") from error
-    except (OSError, ValueError, DatasetsError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"data set {name!r} can't be loaded; check data.name and data.subset: {reason}") from error
 
 
 def _hub_table(source: str, split: Any, columns: Sequence[str], share: Share) -> Table:
@@ -187,15 +164,3 @@ def _hub_table(source: str, split: Any, columns: Sequence[str], share: Share) ->
             raise missing_column(source, column, split.column_names)
     rows = rows_of_split(source, split, share)
     return Table(source, split.select_columns(list(columns)).select(rows)[:], "row", [row + 1 for row in rows])
-
-
-def rows_of_split(source: str, split: Any, share: Share) -> range:
-    """This process's rows of a hub data set's split; no others are read.
-
-    Raises:
-      ValueError: the split is empty, or differs between processes.
-    """
-    if not len(split):
-        raise ValueError(f"{source} holds no rows; choose another split")
-    share.agree(source, lambda: [len(split), repr(split[0]), repr(split[-1])])
-    return share.cut(len(split))

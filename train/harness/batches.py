@@ -69,7 +69,7 @@ def make_batches(pairs: Sequence[Pair], contexts: int) -> Iterator[Batch]:
         groups = [
             (context, tuple(some))
             for context in sorted(family, key=lambda context: (-len(context), context))
-            for some in _parts(members[context], contexts * _ROWS_A_CONTEXT)
+            for some in parts_of(members[context], contexts * _ROWS_A_CONTEXT)
         ]
         for some in _filled(groups, contexts):
             yield _batch(pairs, shared, some)
@@ -119,7 +119,8 @@ def _families(contexts: Sequence[Tokens]) -> list[tuple[Tokens, list[Tokens]]]:
     return families + ([((), alone)] if alone else [])
 
 
-def _parts(places: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+def parts_of(places: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """Consecutive parts of `size` places; the last may be shorter."""
     return (places[start : start + size] for start in range(0, len(places), size))
 
 

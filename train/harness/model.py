@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -15,7 +15,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from train.chat.speaker import Manner, Speaker
-from train.harness.batches import Pair, make_batches, power_of_two
+from train.harness.batches import Pair, make_batches, parts_of, power_of_two
 from train.harness.scoring import Scorer
 from train.report.terminal import RequestProgress
 from train.run_folder.errors import RunError
@@ -134,7 +134,7 @@ class JaxLM(TemplateLM):
                 prompts = {place: self._prompt(requests[place].args[0], manner.max_new_tokens) for place in places}
                 order = sorted(places, key=lambda place: -len(prompts[place]))
                 speaker = Speaker(self._model, self.tokenizer, None, manner)
-                for number, some in enumerate(_parts(order, self._batch_size)):
+                for number, some in enumerate(parts_of(order, self._batch_size)):
                     answers = self._answers(speaker, [prompts[place] for place in some], number)
                     for place, text in zip(some, answers, strict=True):
                         texts[place] = text
@@ -230,7 +230,3 @@ def manner_of(settings: Mapping[str, Any], seed: int) -> Manner:
         seed=known.get("seed", seed),
         stop=tuple(stop for stop in known["until"] if stop),
     )
-
-
-def _parts(places: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    return (places[start : start + size] for start in range(0, len(places), size))
