@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 if TYPE_CHECKING:
@@ -39,7 +40,9 @@ class TextStream:
             )
         self.text = ""
         self.stopped = False
-        self._tokenizer, self._stops = tokenizer.backend_tokenizer, stops
+        backend: Any = tokenizer.backend_tokenizer
+        self._tokenizer: Tokenizer = backend
+        self._stops = stops
         self._stream = DecodeStream(skip_special_tokens=True)
         self._ids: list[int] = []
         self._decoded = 0  # characters that the stream has decoded

@@ -44,7 +44,7 @@ def memory_in_use() -> Memory:
     pages = Path("/proc/self/statm")
     if pages.exists():
         return Memory(int(pages.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE"), "RSS")
-    import resource  # Unix alone has it, and only macOS comes this far
+    import resource  # only Unix has it, and only macOS reaches this line
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return Memory(peak if sys.platform == "darwin" else peak * 1024, "peak RSS")
@@ -83,7 +83,7 @@ class LiveLine:
         self._task = self._bar.add_task("", total=max(total, 1), completed=done, fields=fields)
 
     def show(self, done: int, fields: Sequence[str], now: float) -> None:
-        """What is done at the time `now`; printed at once where the output is no terminal and a line is due."""
+        """Shows what is done at the time `now`; outside a terminal, a line is printed only when it is due."""
         self._bar.update(self._task, completed=done, fields=fields)
         if not self._live and (now - self._printed_at >= self._interval or done == self._total):
             self._printed_at = now

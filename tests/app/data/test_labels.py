@@ -60,7 +60,7 @@ def test_a_words_class_has_its_name(words):
         ([0, 1, -1], (), "a.csv line 4: label='-1' is Hugging Face's mark of a hidden label; choose a labelled split"),
         ([0, 1, -2], (), "a.csv line 4: label='-2' is not one of the 2 classes 0, 1; correct it, or list it"),
         ([0, 1, 2], ("a", "b"), "a.csv line 4: label='2' is not one of the 2 classes a, b"),
-        (["a", "x"], ("a", "b"), "a.csv line 3: label='x' is none of"),
+        (["a", "x"], ("a", "b"), "a.csv line 3: label='x' is not one of"),
         ([0, 1, 7], (), "reaches 7 in 3 rows; if it is a number to predict, set model.task='regression'; else list"),
         ([1, 1], (), "every label of a.csv is '1'; classification needs two classes or more"),
         ([0, None], (), "a.csv line 3: label is empty; give every row a label"),

@@ -49,7 +49,7 @@ def require_sandbox() -> None:
     system = f"{platform.system()} on {platform.machine()}"
     remedy = "leave out the tasks that run generated code, or run them on x86-64 Linux"
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
-        raise ValueError(f"generated code is run in a sandbox of Linux's on x86-64 alone, not {system}; {remedy}")
+        raise ValueError(f"generated code is run in a sandbox that only x86-64 Linux has, not {system}; {remedy}")
     if not run_program("pass").passed or run_program("import socket; socket.socket()").passed:
         raise ValueError(f"this kernel does not hold generated code in a sandbox (seccomp is refused); {remedy}")
 

@@ -105,7 +105,7 @@ def bench(words: Sequence[str]) -> int:
 
 
 def _finish(run: Run, options: Options, console: Console) -> int:
-    wide = Console(width=max(console.width, 150))  # a terminal breaks long lines, where rich would cut off digits
+    wide = Console(width=max(console.width, 150))  # a terminal wraps long lines, but rich would break numbers
     for table in screen_tables(run):
         wide.print(table)
     if options.out:

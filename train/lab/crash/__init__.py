@@ -1,1 +1,1 @@
-"""A run killed at random moments against one left alone; imports `loop` and below."""
+"""Killed and resumed runs against an uninterrupted one; imports `loop` and below."""

@@ -73,7 +73,7 @@ def crash_test(words: Sequence[str]) -> int:
     config = from_toml(options.recipe, overrides)
     place = Path(config.output.folder)
     if place.exists():
-        raise ValueError(f"{place} exists already; choose another --output.folder, where nothing is yet")
+        raise ValueError(f"{place} exists already; choose an --output.folder that does not exist yet")
     console, rng = Console(), np.random.default_rng(options.seed)
     reference = _Trial(place / "uninterrupted", config)
     spent = _Spent.measure(reference)
