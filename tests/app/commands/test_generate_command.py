@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 
@@ -13,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import melora_jax as mj
-from melora_jax.generation import generate as generation
 from melora_jax.generation import stream
 from tests.support.chat import CHATML, byte_tokenizer, space_tokenizer
 from tests.support.talkers import BYTES, lively, talker
@@ -238,6 +238,9 @@ def test_answers_that_have_ended_leave_the_batch(model, monkeypatch, stop, drawn
         sizes.append(len(tokens))
         return checked(tokens)
 
+    generation = importlib.import_module(
+        "melora_jax.generation.generate"
+    )  # the package exports a function of this name
     checked = generation._checked_tokens
     monkeypatch.setattr(generation, "_checked_tokens", recorded)
     prompts = [
