@@ -1,4 +1,4 @@
-"""A model's adapters to and from folders: what `surgery` finds, in the files of `interchange` and of PEFT."""
+"""Saves a model's adapters to folders and loads them, in our own format and in PEFT's."""
 
 from __future__ import annotations
 
@@ -43,23 +43,35 @@ def save_adapter(
     scores: Mapping[str, float] | None = None,
     data: str | None = None,
 ) -> Path:
-    """Writes a model's factors and saved modules, a few MB whatever the base's size, and a model card.
+    """Writes the adapters, the modules of `modules_to_save` and a model card; the base is not written.
 
     Args:
       model: an adapted model.
-      folder: made if absent; an existing adapter there is replaced as a whole, or kept if writing fails.
-      scores: what was measured, name to value, for the card. A README.md that a person wrote is kept instead.
-      data: what it was trained on, in words or by name, for the card.
+      folder: created if absent. An adapter that it holds is replaced as a whole, or kept if writing fails. A README.md
+        written by a person is kept.
+      scores: for the model card, measured values by name.
+      data: for the model card, the name or a description of the training data.
+
+    Returns:
+      The folder.
 
     Raises:
       ValueError: the model was not adapted, or a training step has deleted its arrays.
-      OSError: the disk refuses.
+      OSError: a file can't be written.
+
+    >>> import tempfile
+    >>> model = nnx.Sequential(nnx.Linear(4, 6, rngs=nnx.Rngs(0)))
+    >>> _ = adapt(model, MELoRAConfig(n=2, targets="all-linear"), rngs=nnx.Rngs(0))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     written = save_adapter(model, f"{folder}/adapter", scores={"accuracy": 0.87})
+    ...     load_adapter(nnx.Sequential(nnx.Linear(4, 6, rngs=nnx.Rngs(1))), written).sites[0].path
+    'layers/0'
     """
     return write_adapter(adapter_tree(model), folder, provenance_of(model, scores, data))
 
 
 def provenance_of(model: nnx.Module, scores: Mapping[str, float] | None = None, data: str | None = None) -> Provenance:
-    """What a model card says of where a model's adapter comes from; the licence is that in the base's own card."""
+    """What a model card says about the origin of an adapter. The licence is the one in the base's own card."""
     return Provenance(scores, data, license_in(getattr(model, "folder", "")))
 
 
@@ -85,39 +97,57 @@ def _site(layer: MELoRADense) -> SiteFactors:
 
 
 def load_adapter(model: nnx.Module, folder: str | Path) -> Adaptation:
-    """Puts a saved adapter into `model`, adapting it first if it was not.
+    """Loads an adapter from `save_adapter` into `model`, in place; a plain model is adapted first.
 
     Args:
-      model: the plain base model, or one adapted with the same config.
-      folder: what `save_adapter` wrote.
+      model: the plain base model, or one that was adapted with the same config.
+      folder: written by `save_adapter`.
 
     Returns:
-      The model's `Adaptation`.
+      The model's `Adaptation`, a table of its sites.
 
     Raises:
-      FileNotFoundError: no adapter there.
-      ValueError: damaged files, an adapter for another model or config, or a model whose layers are stacked. The model
-        is left as it was.
+      FileNotFoundError: the folder holds no adapter.
+      ValueError: files are damaged, the adapter is for another model or config, or the model's layers are stacked. The
+        model is left unchanged.
+
+    >>> import tempfile
+    >>> model, plain = (nnx.Sequential(nnx.Linear(4, 6, rngs=nnx.Rngs(0))) for _ in range(2))
+    >>> _ = adapt(model, MELoRAConfig(n=2, targets="all-linear", strategy="packed"), rngs=nnx.Rngs(0))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     print(load_adapter(plain, save_adapter(model, folder)))
+    site      d_in  d_out  n  r  rank  parameters  strategy
+    layers/0     4      6  2  1     2          10  packed
+    adapters 10 + head 0 = 10 trainable (25.00 %), 30 frozen
     """
     return _put(model, read_adapter(folder), folder)
 
 
 def warm_start(model: nnx.Module, folder: str | Path) -> Adaptation:
-    """Starts the factors of an adapted model from a saved adapter; its head, of another task, is left out.
-
-    LoRA's authors start MRPC, RTE and STS-B from an adapter trained on MNLI (arXiv 2106.09685, section 5.2).
+    """Initialises the factors of an adapted model from a saved adapter, but not its head, which is of another task.
 
     Args:
       model: an adapted model.
-      folder: what `save_adapter` wrote, of a model of the same shape.
+      folder: written by `save_adapter` for a model with the same sites.
 
     Returns:
-      The model's `Adaptation`.
+      The model's `Adaptation`, a table of its sites.
 
     Raises:
-      FileNotFoundError: no adapter there.
-      ValueError: a model without adapters or with stacked layers; an adapter of other sites, sizes or scales. The model
-        is left as it was.
+      FileNotFoundError: the folder holds no adapter.
+      ValueError: the model has no adapters or has stacked layers, or the saved adapter has other sites, sizes or
+        scales. The model is left unchanged.
+
+    Source: LoRA (arXiv 2106.09685), section 5.2, which starts MRPC, RTE and STS-B from an adapter trained on MNLI.
+
+    >>> import tempfile
+    >>> model, other = (nnx.Sequential(nnx.Linear(4, 6, rngs=nnx.Rngs(0))) for _ in range(2))
+    >>> for seed, each in enumerate((model, other)):
+    ...     _ = adapt(each, MELoRAConfig(n=2, targets="all-linear"), rngs=nnx.Rngs(seed))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = warm_start(other, save_adapter(model, folder))
+    >>> bool((other.layers[0].a[...] == model.layers[0].a[...]).all())
+    True
     """
     config_of(model)
     if is_stacked(model):
@@ -133,23 +163,31 @@ def warm_start(model: nnx.Module, folder: str | Path) -> Adaptation:
 
 
 def import_peft(model: nnx.Module, folder: str | Path) -> Adaptation:
-    """Puts an adapter in PEFT's format into `model`, to go on training or to merge; the inverse of `export_peft`.
+    """Loads an adapter in PEFT's format into `model`, in place, to train or merge it; the inverse of `export_peft`.
 
-    A LoRA becomes n=1 adapters, rsLoRA, rank_pattern, alpha_pattern and modules_to_save included. One that is
-    block-diagonal becomes the MELoRA that it is; what `export_peft` wrote comes back bit for bit. The MELoRA
-    authors' own files are read too, their adapter_model.bin without running anything that is in it.
+    A LoRA becomes adapters with n=1, including rsLoRA, rank_pattern, alpha_pattern and modules_to_save. A
+    block-diagonal one becomes the MELoRA that it represents, and a file of `export_peft` returns bit for bit. The files
+    of MELoRA's authors are read too; nothing in their pickled adapter_model.bin is executed.
 
     Args:
       model: the plain base model.
-      folder: adapter_config.json, and adapter_model.safetensors or adapter_model.bin.
+      folder: holds adapter_config.json, and adapter_model.safetensors or adapter_model.bin.
 
     Returns:
-      The model's `Adaptation`.
+      The model's `Adaptation`, a table of its sites.
 
     Raises:
-      FileNotFoundError: no adapter there.
-      ValueError: a setting without counterpart, damaged files, or an adapter for another model. The model is left as it
-        was.
+      FileNotFoundError: the folder holds no adapter.
+      ValueError: a setting has no counterpart, files are damaged, or the adapter is for another model. The model is
+        left unchanged.
+
+    >>> import tempfile
+    >>> model, plain = (nnx.Sequential(nnx.Linear(4, 6, rngs=nnx.Rngs(0))) for _ in range(2))
+    >>> _ = adapt(model, MELoRAConfig(n=2, targets=["layers.0"]), rngs=nnx.Rngs(0))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     site = import_peft(plain, export_peft(model, folder)).sites[0]
+    >>> site.path, site.n
+    ('layers/0', 2)
     """
     return _put(model, _with_short_names(model, read_peft(folder)), folder)
 
@@ -195,32 +233,42 @@ def export_peft(
     scores: Mapping[str, float] | None = None,
     data: str | None = None,
 ) -> Path:
-    """Writes the adapter in PEFT's format: exact, and read by PEFT, vLLM, SGLang and llama.cpp's converter.
+    """Writes the adapter in PEFT's format, exactly, for PEFT, vLLM, SGLang and llama.cpp's converter.
+
+    The plain format stores the zeros outside the diagonal blocks, so that its file is n times as large as the adapter.
 
     Args:
       model: an adapted model whose module paths are the Hugging Face names.
-      folder: replaced as a whole, or kept if writing fails.
-      format: `"lora"`, plain LoRA of rank Σ r_k, or `"bdlora"`, which PEFT alone reads: no zeros in A.
-      scores: what was measured, name to value, for the model card.
-      data: what it was trained on, in words or by name, for the model card.
+      folder: created if absent; replaced as a whole, or kept if writing fails.
+      format: `"lora"`, a plain LoRA of rank Σ r_k; or `"bdlora"`, without zeros in A, which only PEFT reads.
+      scores: for the model card, measured values by name.
+      data: for the model card, the name or a description of the training data.
+
+    Returns:
+      The folder.
 
     Raises:
-      ValueError: no adapters, an unknown format, or adapters that `"bdlora"` can't hold.
+      ValueError: there are no adapters, the format is unknown, or `"bdlora"` can't hold these adapters.
 
-    The plain file holds the zeros off the diagonal too, n times the adapter's own size.
+    >>> import tempfile
+    >>> model = nnx.Sequential(nnx.Linear(4, 6, rngs=nnx.Rngs(0)))
+    >>> _ = adapt(model, MELoRAConfig(n=2, targets=["layers.0"]), rngs=nnx.Rngs(0))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     sorted(file.name for file in export_peft(model, folder).iterdir())
+    ['README.md', 'adapter_config.json', 'adapter_model.safetensors', 'melora_config.json']
     """
     tree = adapter_tree(model)
     return write_peft(tree, peft_host(model, tree), folder, format, provenance_of(model, scores, data))
 
 
 def peft_host(model: nnx.Module, tree: AdapterTree) -> PeftHost:
-    """What an export of `tree` must know of its model, which may be plain or adapted, and without values."""
+    """What an export of `tree` needs to know about its model, which may be plain, adapted or abstract."""
     model = unstacked(model, nnx.Nothing())
     dense = [path_of(path) for path, node in walk(model) if isinstance(node, nnx.Module) and _is_dense(node)]
     saved = dict(torch_from_flax(_path_in_peft(path, tree), value) for path, value in tree.saved.items())
     tied = _tied_embedding(model)
     if tied is not None and f"{tied}/embedding" in tree.saved:
-        # PEFT looks for both ends of the tie
+        # PEFT expects both tied parameters
         saved["lm_head.weight"] = tree.saved[f"{tied}/embedding"]
     return PeftHost(
         saved=saved,
@@ -230,13 +278,13 @@ def peft_host(model: nnx.Module, tree: AdapterTree) -> PeftHost:
 
 
 def _path_in_peft(path: str, tree: AdapterTree) -> str:
-    """PEFT too puts the adapted layer inside of the adapter, and names its bias so."""
+    """PEFT also puts the adapted layer inside the adapter, and names its bias accordingly."""
     site, _, name = path.rpartition("/")
     return f"{site}/base_layer/{name}" if site in tree.sites else path
 
 
 def _tied_embedding(model: nnx.Module) -> str | None:
-    """The path of a language model's embedding that is its output layer too."""
+    """The path of a language model's embedding if it is also the output layer."""
     output = getattr(model, "output_embeddings", None)
     for path, node in walk(model):
         if node is output and isinstance(getattr(node, "base", node), nnx.Embed):
@@ -245,10 +293,21 @@ def _tied_embedding(model: nnx.Module) -> str | None:
 
 
 def spectra(model: nnx.Module) -> dict[str, np.ndarray]:
-    """The singular values of every site's ΔW, float64, largest first, by site path; of DoRA before its normalisation.
+    """The singular values of each site's ΔW, by path; for DoRA, before its normalisation.
+
+    Args:
+      model: an adapted model.
+
+    Returns:
+      For each site, float64 values `[R]` in descending order, with R its rank Σ r_k.
 
     Raises:
       ValueError: the model was not adapted.
+
+    >>> model = nnx.Sequential(nnx.Linear(4, 6, rngs=nnx.Rngs(0)))
+    >>> _ = adapt(model, MELoRAConfig(n=2, targets="all-linear"), rngs=nnx.Rngs(0))
+    >>> spectra(model)["layers/0"].tolist()
+    [0.0, 0.0]
     """
     config_of(model)
     sites = adapters_of(unstacked(model, (nnx.Param, StartParam)))
