@@ -71,7 +71,7 @@ def compress_folder(
             raise ValueError(f"{source} is a whole model; say with --base what it was tuned from")
         found = compress_difference(base, source, n=n, r=r, targets=targets)
     elif targets:
-        raise ValueError(f"{source} is an adapter, all of which is compressed; leave targets out")
+        raise ValueError(f"{source} is an adapter, which is compressed as a whole; leave targets out")
     else:
         found = compress(read_any(source), n=n, r=r)
     write_adapter(found.tree, folder)

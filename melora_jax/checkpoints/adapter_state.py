@@ -21,7 +21,7 @@ _COMMON = ("dropout", "scaling", "mixer", "strategy", "init", "dtype", "variant"
 class SiteFactors:
     """One site's adapter as arrays: a [n i r] and b [n r o]; `lookup` marks an embedding.
 
-    `extras` are what an adapter that is no plain MELoRA has beside them, by name; see `extra_shapes`.
+    `extras` are the further arrays of DoRA, AdaLoRA and PiSSA by name; see `extra_shapes`.
     """
 
     spec: AdapterSpec

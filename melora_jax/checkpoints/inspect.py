@@ -90,7 +90,7 @@ def read_any(folder: str | Path) -> AdapterTree:
         return read_adapter(folder)
     if (folder / PEFT_CONFIG).is_file():
         return read_peft(folder)
-    raise FileNotFoundError(f"{folder} is no adapter folder: it has neither {TENSOR_FILE} nor {PEFT_CONFIG}")
+    raise FileNotFoundError(f"{folder} is not an adapter folder: it has neither {TENSOR_FILE} nor {PEFT_CONFIG}")
 
 
 def inspect_adapter(folder: str | Path) -> Inspection:

@@ -53,7 +53,7 @@ def read_adapter(folder: str | Path) -> AdapterTree:
     folder = Path(folder)
     for name in (CONFIG_FILE, TENSOR_FILE):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} is no adapter folder: it has no {name}; save_adapter writes one")
+            raise FileNotFoundError(f"{folder} is not an adapter folder: it has no {name}; save_adapter writes one")
     described = read_facts(folder / CONFIG_FILE)
     tensors = _finite_tensors(folder / TENSOR_FILE)
     sites = {

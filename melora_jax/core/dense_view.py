@@ -27,7 +27,7 @@ class DenseView:
       out_shape: sizes of the output's feature axes, in the kernel's order.
       out_axes: where those axes lie in the output; `None` puts them last.
       batch: an einsum from the input's other axes, and a last one, to the output's; `None` leaves them as they are.
-      lookup: the input is an array of indices, the one-hot rows of which the kernel is applied to.
+      lookup: the input is an array of indices; the kernel is applied to their one-hot rows.
     """
 
     d_in: int

@@ -10,7 +10,7 @@ import jax
 
 _asked: contextvars.ContextVar[str | None] = contextvars.ContextVar("melora_platform", default=None)
 
-# JAX caches what an inner function (jit, remat, scan) is traced to by its arguments, of which the platform is none.
+# JAX caches the traces of inner functions (jit, remat, scan) by their arguments, and the platform is not one of them.
 _trace_mark = jax.make_user_context(default_value=None)
 
 

@@ -28,7 +28,7 @@ _log = logging.getLogger("melora_jax")
 
 
 class QuantizedParam(nnx.Param):
-    """Codes or scales of a quantised kernel. `adapt` freezes them; by themselves they can't be trained."""
+    """Codes or scales of a quantised kernel. `adapt` freezes them; they can't be trained."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Quantization:
 
 
 class QuantizedLinear(nnx.Module):
-    """A dense layer `y = x·W_q + bias` whose kernel is quantised; W_q is made anew in each pass, forward and backward.
+    """A dense layer `y = x·W_q + bias` whose kernel is quantised; each pass, forward and backward, forms W_q again.
 
     nf4 has one scale for each run of up to 64 inputs of an output (the most that divide d_in), int8 one an output.
 
@@ -135,7 +135,9 @@ def quantize(model: nnx.Module, qtype: QType) -> Quantization:
     chosen = {identity for identity, path in found.items() if re.search(r"(?:^|/)\d+(?:/|$)", path)}
     if not chosen:
         kind = type(model).__name__
-        raise ValueError(f"{kind} has no plain nnx.Linear in numbered layers to quantise; load it anew, before adapt")
+        raise ValueError(
+            f"{kind} has no plain nnx.Linear in numbered layers to quantise; load it again and quantise first"
+        )
     made: dict[int, QuantizedLinear] = {}
     before = 0
 

@@ -106,7 +106,7 @@ def test_inspect_measures_the_update(tmp_path: Path, capsys: Any) -> None:
         "  PEFT: as it is",
         "  vLLM: with --max-lora-rank 8",
         "  SGLang: no, it ignores classifier.bias, which was trained",
-        "  llama.cpp: no, its converter refuses classifier.bias, which is no LoRA factor",
+        "  llama.cpp: no, its converter refuses classifier.bias, which is not a LoRA factor",
     ]
 
 
@@ -122,7 +122,10 @@ def test_what_is_wrong_is_one_line_and_writes_nothing(base: Path, tmp_path: Path
     lora = mj.save_adapter(adapted(base), tmp_path / "lora")
     before = disk.content(tmp_path)
     for words, message in (
-        (["inspect", f"{tmp_path}/none"], "none is no adapter folder: it has neither melora_adapter.safetensors nor"),
+        (
+            ["inspect", f"{tmp_path}/none"],
+            "none is not an adapter folder: it has neither melora_adapter.safetensors nor",
+        ),
         (["export", str(own), f"{tmp_path}/x"], "own does not name its base model; give its folder or hub id with --b"),
         (
             ["merge", str(own), f"{tmp_path}/x", "--base", str(base)],

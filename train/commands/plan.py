@@ -38,7 +38,7 @@ class Options:
     tensor: int = 1
     """Devices on the mesh axis tensor; all others are on fsdp."""
     shapes: tuple[str, ...] = ()
-    """Models in place of the recipe's, of which the shapes are known here: llama-2-7b, llama-3-8b, llama-3-70b,
+    """Models in place of the recipe's, whose shapes are known here: llama-2-7b, llama-3-8b, llama-3-70b,
     roberta-base."""
 
 
@@ -55,7 +55,7 @@ def plan(words: Sequence[str]) -> int:
 
 
 def _of_shape(config: RunConfig, shape: str) -> RunConfig:
-    """The same run of a model of which the shapes are known here."""
+    """The same run of a model whose shapes are known here."""
     known = sorted(path.name for path in SHAPES.iterdir())
     if shape not in known:
         raise ValueError(f"no shapes are known here of {shape!r}; choose from {', '.join(known)}, or give --model.name")

@@ -97,7 +97,7 @@ def plan(points: Sequence[Point]) -> list[list[Point]]:
 def _check_folder(folder: Path, resume: bool) -> None:
     started = (folder / "populations").exists()
     if started and not resume:
-        raise ValueError(f"{folder} holds a sweep already; add --resume to go on, or choose another --output.folder")
+        raise ValueError(f"{folder} holds a sweep already; add --resume to continue, or choose another --output.folder")
     if resume and not started:
         raise ValueError(f"{folder} holds no sweep to resume; start it without --resume")
     if (folder / "metrics.jsonl").exists():

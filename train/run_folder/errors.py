@@ -4,11 +4,11 @@ from __future__ import annotations
 
 
 class RunError(Exception):
-    """A run could not go on; the message says what happened, where, and the remedy."""
+    """A run could not continue; the message says what happened, where, and the remedy."""
 
 
 class HostLostError(RunError):
-    """Another process of the run is gone, so that this one can't go on.
+    """Another process of the run is gone, so that this one can't continue.
 
     Args:
       error: what jax raised.

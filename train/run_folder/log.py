@@ -37,7 +37,7 @@ class MetricsLog:
     Args:
       folder: the run folder; it is created where missing.
       tensorboard: also write scalars to `folder`/tensorboard (needs the extra `melora_jax[tensorboard]`).
-      resume_step: the step of the checkpoint from which training goes on. Events of later steps belong to work
+      resume_step: the step of the checkpoint from which training resumes. Events of later steps belong to work
         that is about to be done again, so they are dropped, in one atomic rewrite. `None` starts a new log.
 
     Raises:

@@ -120,7 +120,7 @@ def _nblocks(tree: AdapterTree) -> int:
     """How many blocks A of every site has: what divides each site's n, since PEFT knows one number for all."""
     for path, site in tree.sites.items():
         if site.lookup or site.spec.mixer in ("all", "scatter"):
-            dense = f'mixer="{site.spec.mixer}", of which A is not block-diagonal'
+            dense = f'mixer="{site.spec.mixer}", whose A is not block-diagonal'
             kind = "an embedding" if site.lookup else dense
             raise ValueError(f'format="bdlora" has no place for {path}: it is {kind}; choose format="lora"')
     nblocks = math.gcd(*(site.spec.n for site in tree.sites.values()))
@@ -178,7 +178,7 @@ def _peft_config(tree: AdapterTree, host: PeftHost, rank: int, alpha: float) -> 
 
 
 def _task_type(tree: AdapterTree) -> str | None:
-    """PEFT's word for the task; none for a classifier whose head was not trained, of which PEFT would miss the head."""
+    """PEFT's name for the task; None for a classifier with an untrained head, which PEFT would look for in the file."""
     task = PEFT_TASKS.get(tree.task or "")
     has_head = any({"classifier", "score"} & set(path.split("/")) for path in tree.saved)
     return task if task != "SEQ_CLS" or has_head else None

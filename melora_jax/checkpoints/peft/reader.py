@@ -101,7 +101,7 @@ def _saved(others: Mapping[str, np.ndarray], settings: PeftSettings, file: Path)
 def _as_exported(
     facts: Facts, sites: Mapping[str, StoredSite], settings: PeftSettings, file: Path
 ) -> dict[str, SiteFactors] | None:
-    """The sites that `write_peft` made this file of; None where the file is no longer what it wrote."""
+    """The sites from which `write_peft` made this file; None if the file has changed since."""
     if facts.specs.keys() != sites.keys():
         return None
     own = {}

@@ -47,7 +47,7 @@ def readers(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
     'vLLM: with --max-lora-rank 8'
     """
     if config.get("peft_type") != "LORA":
-        reason = f"it reads peft_type LORA, not {config.get('peft_type')!r}; import it and export it anew"
+        reason = f"it reads peft_type LORA, not {config.get('peft_type')!r}; import it and export it again"
         return tuple(Reader(name, False, reason) for name in ("PEFT", "vLLM", "SGLang", "llama.cpp"))
     rank = max([config.get("r", 8), *(config.get("rank_pattern") or {}).values()])
     served = served_rank(rank)
@@ -61,7 +61,7 @@ def readers(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
 
 
 def _extras(shapes: Mapping[str, tuple[int, ...]], *allowed: str) -> list[str]:
-    """The tensors that are no factors of dense layers, but for those whose names end as allowed, less PEFT's prefix."""
+    """The names, without PEFT's prefix, of tensors that are neither factors of dense layers nor end as allowed."""
     names = sorted(name for name in shapes if not name.endswith((*_FACTORS, *allowed)))
     return [name.removeprefix("base_model.model.") for name in names]
 
@@ -101,4 +101,4 @@ def _llama_cpp(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]])
         if config.get(key):
             return f"its converter ignores {key}, so its scale would be wrong"
     extra = [name for name in _extras(shapes, *_EMBEDDING_FACTORS) if "_layernorm" not in name and ".norm" not in name]
-    return f"its converter refuses {extra[0]}, which is no LoRA factor" if extra else None
+    return f"its converter refuses {extra[0]}, which is not a LoRA factor" if extra else None

@@ -43,7 +43,7 @@ def read_tensors(folder: Path) -> tuple[Path, dict[str, np.ndarray]]:
         file = folder / PICKLED_TENSORS
         tensors = read_torch_archive(file)
     else:
-        raise FileNotFoundError(f"{folder} is no PEFT adapter: it has neither {PEFT_TENSORS} nor {PICKLED_TENSORS}")
+        raise FileNotFoundError(f"{folder} is not a PEFT adapter: it has neither {PEFT_TENSORS} nor {PICKLED_TENSORS}")
     for key, value in tensors.items():
         if not key.startswith(PREFIX):
             raise ValueError(f"{file}: {key} does not begin with {PREFIX!r}, as PEFT's names do; is it another's file?")
@@ -57,7 +57,7 @@ def sort_tensors(tensors: Mapping[str, np.ndarray], file: Path) -> tuple[dict[st
     """The tensors that are factors by their site's path, and the others by their name.
 
     Raises:
-      ValueError: no factors, one that is there twice or is no matrix, or norms without factors.
+      ValueError: there are no factors, a factor occurs twice or is not a matrix, or norms have no factors.
     """
     sites: dict[str, StoredSite] = {}
     others: dict[str, np.ndarray] = {}

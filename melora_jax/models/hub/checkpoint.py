@@ -108,7 +108,7 @@ class Checkpoint:
         return self.source is not None and any((self.source / name).is_file() for name in (WEIGHTS, INDEX))
 
     def opened(self, keys: Iterable[str]) -> Iterator[tuple[str, TensorFile | GGUFTensors]]:
-        """Each of some tensors with its file, of which one is open at a time.
+        """Each of some tensors with its file; one file is open at a time.
 
         Args:
           keys: names in `files`.

@@ -113,7 +113,7 @@ def test_an_interrupted_sweep_goes_on_where_it_was(place, capsys, monkeypatch):
     kept = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     assert (folder / "populations" / "1" / "outcomes.json") in kept
     assert main(words) == 2
-    assert "holds a sweep already; add --resume to go on" in capsys.readouterr().err
+    assert "holds a sweep already; add --resume to continue" in capsys.readouterr().err
     assert main([*words, "--resume"]) == 0
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     _check_results(folder, capsys.readouterr().out)

@@ -51,8 +51,11 @@ def truncated(folder: Path) -> None:
 
 QUERY = "layer/0/query"
 BAD: dict[str, tuple[Damage, str]] = {
-    "no config": (lambda folder: (folder / CONFIG).unlink(), f"is no adapter folder: it has no {CONFIG}; save_adapter"),
-    "no tensors": (lambda folder: (folder / TENSORS).unlink(), f"is no adapter folder: it has no {TENSORS}; save_"),
+    "no config": (
+        lambda folder: (folder / CONFIG).unlink(),
+        f"is not an adapter folder: it has no {CONFIG}; save_adapter",
+    ),
+    "no tensors": (lambda folder: (folder / TENSORS).unlink(), f"is not an adapter folder: it has no {TENSORS}; save_"),
     "truncated": (truncated, "is truncated or is not a safetensors file"),
     "no JSON": (lambda folder: (folder / CONFIG).write_text('{"format": '), f"{CONFIG} line 1 column 12: Expecting"),
     "PEFT's": (
@@ -168,5 +171,7 @@ def test_another_base_is_refused_and_left_as_it_was(make: Any, message: str, fol
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere is no adapter folder: it has no melora_config.json; save_"):
+    with pytest.raises(
+        FileNotFoundError, match=r"nowhere is not an adapter folder: it has no melora_config.json; save_"
+    ):
         mj.load_adapter(tiny.Encoder(), tmp_path / "nowhere")

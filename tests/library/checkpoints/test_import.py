@@ -352,7 +352,10 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "not a number": (tensor(f"{QUERY}.lora_A.weight", ONES * np.nan), "has values that are not finite: training div"),
     "whole numbers": (tensor(f"{QUERY}.lora_A.weight", ONES.astype(np.int32)), "is int32; convert it to float32,"),
-    "no tensors": (lambda folder, _: (folder / TENSORS).unlink(), "is no PEFT adapter: it has neither adapter_model."),
+    "no tensors": (
+        lambda folder, _: (folder / TENSORS).unlink(),
+        "is not a PEFT adapter: it has neither adapter_model.",
+    ),
     "no config": (lambda folder, _: (folder / CONFIG).unlink(), "adapter_config.json does not exist; check the folde"),
     "10 MB of junk": (
         lambda folder, _: (folder / TENSORS).write_bytes(np.random.default_rng(0).bytes(10_000_000)),

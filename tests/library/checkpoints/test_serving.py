@@ -86,7 +86,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
         "vLLM: no, of whole modules it reads a flat classifier or",
     ),
     "an embedding": ({}, EMBEDDING, "vLLM SGLang llama.cpp", ""),
-    "lm_head": ({}, WHOLE, "", "llama.cpp: no, its converter refuses lm_head.weight, which is no LoRA factor"),
+    "lm_head": ({}, WHOLE, "", "llama.cpp: no, its converter refuses lm_head.weight, which is not a LoRA factor"),
     "a classifier": ({"task_type": "SEQ_CLS"}, {}, "vLLM SGLang", "llama.cpp: no, it runs language models alone"),
 }
 

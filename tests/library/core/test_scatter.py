@@ -77,7 +77,7 @@ def test_a_model_with_it_merges_saves_and_exports(tmp_path: Path) -> None:
     np.testing.assert_array_equal(tiny.run(loaded, tiny.IDS), y)
     np.testing.assert_allclose(tiny.run(imported, tiny.IDS), y, rtol=1e-5, atol=1e-5)
     plain = tiny.adapted(mixer="scatter", targets=["query"])
-    with pytest.raises(ValueError, match='mixer="scatter", of which A is not block-diagonal; choose format="lora"'):
+    with pytest.raises(ValueError, match='mixer="scatter", whose A is not block-diagonal; choose format="lora"'):
         mj.export_peft(plain, tmp_path / "bd", format="bdlora")
 
 

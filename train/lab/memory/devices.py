@@ -18,7 +18,7 @@ USABLE = 0.92
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-    """So many devices of a kind, each with `memory` bytes."""
+    """A number of devices of one kind, each with `memory` bytes."""
 
     kind: str
     count: int

@@ -19,7 +19,7 @@ from jax.interpreters import partial_eval
 Size = Callable[[Any], int]
 
 # By the names of jax's primitives. Those that are inlined; those that give the same bytes another shape; those that are
-# made anew wherever they are read; and those that are fused too, but never made twice.
+# computed again wherever they are read; and those that are fused too, but never made twice.
 _NAMES = {
     "calls": "jit pjit closed_call core_call checkpoint remat2 custom_jvp_call custom_vjp_call",
     "views": "reshape squeeze expand_dims copy copy_p optimization_barrier stop_gradient",

@@ -56,7 +56,7 @@ class Plan:
 
 
 def abstract_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
-    """A mesh of so many devices that need not be there."""
+    """A mesh of this many devices, which need not exist."""
     return AbstractMesh((data, fsdp, tensor), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 
