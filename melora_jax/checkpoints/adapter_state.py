@@ -1,4 +1,4 @@
-"""An adapter as arrays by path: what every file format here is read into and written from."""
+"""An adapter as arrays by path, the common form of all file formats."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ class AdapterTree:
     Attributes:
       config: what the model was adapted with.
       sites: the factors by site path.
-      saved: what is trained beside the factors, by path in the host and in Flax's layout: parameters of
-        `modules_to_save`, biases, or in full fine-tuning all.
+      saved: other trained parameters by their paths in the host, in Flax's layout: those of `modules_to_save`, biases,
+        or all in full fine-tuning.
       base_model: name or folder of the base checkpoint, if known.
       task: the base model's task, if known.
     """
@@ -95,10 +95,10 @@ class AdapterTree:
 def config_of_sites(
     specs: Mapping[str, AdapterSpec], modules_to_save: Iterable[str] = (), bias: Bias = "none"
 ) -> MELoRAConfig:
-    """The config that adapts exactly the layers at these paths, each as its spec says.
+    """The config that adapts exactly the layers at these paths, each with its spec.
 
-    Sites are named by their whole paths. The commonest n, r and alpha are the config's own; where others differ, every
-    site has an entry in the pattern, longest path first, so that none is taken for another.
+    Sites are named by their whole paths. The most common n, r and alpha are those of the config. If others differ,
+    every site has an entry in the pattern, longest path first, so that no site matches another's entry.
 
     Raises:
       ValueError: specs that differ in what a config says once for all: dropout, scaling, mixer, strategy, init, dtype,
@@ -124,5 +124,5 @@ def config_of_sites(
 
 
 def _short(values: Any) -> Any:
-    """One value where all minis share it."""
+    """The one value that all minis share, or the tuple."""
     return values[0] if isinstance(values, tuple) and len(set(values)) == 1 else values

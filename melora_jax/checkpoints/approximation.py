@@ -1,4 +1,4 @@
-"""What arithmetic on adapters returns: an adapter that approximates updates, and what it leaves out of them."""
+"""The result of arithmetic on adapters: an approximation of updates and its error."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from melora_jax.core.report import table
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """What an approximation of one site's ΔW leaves out, as squared Frobenius norms.
+    """The error of an approximation of one site's ΔW, as squared Frobenius norms.
 
     Attributes:
       energy: ‖ΔW‖².
-      off_blocks: the part of it outside the diagonal blocks, which minis can't represent.
-      inside: what the wanted rank leaves out inside the blocks.
+      off_blocks: the part outside the diagonal blocks, which minis can't represent.
+      inside: the part inside the blocks that exceeds the requested rank.
     """
 
     energy: float
@@ -33,7 +33,7 @@ class Loss:
 
 @dataclasses.dataclass(frozen=True)
 class Approximation:
-    """An adapter that approximates updates, and what it leaves out. Prints as a table.
+    """An adapter that approximates updates, and its errors. Prints as a table.
 
     Attributes:
       tree: the adapter.

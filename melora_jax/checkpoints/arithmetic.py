@@ -24,7 +24,7 @@ from melora_jax.validation import check_count, check_sizes
 
 
 def scale(tree: AdapterTree, factor: float) -> AdapterTree:
-    """The adapter with every ΔW times `factor`; its settings and saved modules stay.
+    """The adapter with every ΔW multiplied by `factor`; settings and saved modules do not change.
 
     Raises:
       ValueError: `factor` is not finite.
@@ -41,18 +41,18 @@ def add(
 ) -> Approximation:
     """Σ_j w_j·ΔW_j as one adapter.
 
-    Without `rank` it is exact: where all have the same n and mixer `identity`, mini k gets the latents of every mini k;
-    else the site becomes n=1 with all latents. With `rank` each block keeps its largest singular values, so that a site
-    has that many latents at most; the error is in the result's `losses`.
+    Without `rank` the sum is exact: if all adapters of a site have the same n and mixer `identity`, mini k has the
+    latents of every mini k; otherwise the site has n=1 and all latents. With `rank`, each block keeps its largest
+    singular values, so that a site has at most `rank` latents; the result's `losses` has the errors.
 
     Args:
-      trees: adapters of one base; a site that one of them lacks counts as zero there.
-      weights: one for each; None takes 1.
-      rank: latents of a site, divided evenly among its minis; None keeps all.
+      trees: adapters of one base; a site that one of them lacks counts as zero.
+      weights: one per tree; None means 1 each.
+      rank: the number of latents of a site, divided evenly among its minis; None keeps all.
 
     Raises:
-      ValueError: no trees, as many weights as trees are not given, sites of unlike sizes, saved modules that differ, or
-        a rank that n does not divide.
+      ValueError: there are no trees, weights and trees differ in number, sites differ in size, saved modules differ, or
+        n does not divide the rank.
     """
     weights = [1.0] * len(trees) if weights is None else weights
     if not trees or len(weights) != len(trees) or not np.isfinite(weights).all():
@@ -130,7 +130,7 @@ def _shared_rank(rank: int, n: int, path: str) -> int:
 
 
 def _site_of_blocks(blocks: Sequence[_Factors], r: int | None, lookup: bool) -> tuple[SiteFactors, Loss]:
-    """A site of one mini a block, each at its own rank or the best of rank r at most, and what that leaves out."""
+    """A site with one mini per block, exact or of rank at most r, and the error."""
     energy = sum(_energy(left, right) for left, right in blocks)
     kept = [_truncated(left, right, r) if r is not None else (left, right, 0.0) for left, right in blocks]
     site = _stacked([(left, right) for left, right, _ in kept], lookup)
@@ -187,7 +187,7 @@ def compress_deltas(deltas: Iterable[tuple[str, np.ndarray]], *, n: int, r: int)
     """The MELoRA of n minis of rank r nearest to full updates, such as what a full fine-tuning changed.
 
     Args:
-      deltas: (site path, ΔW [d_in, d_out]); taken one at a time, so that they need not be in memory together.
+      deltas: (site path, ΔW [d_in, d_out]); consumed one at a time, so that they need not be in memory together.
       n: minis a layer; it must divide both sizes of each.
       r: rank of one mini.
 

@@ -1,4 +1,4 @@
-"""What a full fine-tuning changed, a parameter at a time, and the MELoRA nearest to it."""
+"""The change of each parameter by a full fine-tuning, and the MELoRA nearest to it."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def compress_difference(
       targets: suffixes of the layers to compress; none takes every dense layer that changed.
 
     Raises:
-      FileNotFoundError: a checkpoint is not there.
-      ValueError: checkpoints of unlike families or sizes, no change, or n does not divide a layer.
+      FileNotFoundError: a checkpoint does not exist.
+      ValueError: the checkpoints differ in family or sizes, nothing changed, or n does not divide a layer.
     """
     before, after = _checkpoint(base), _checkpoint(tuned)
     if before.family != after.family:

@@ -1,4 +1,4 @@
-"""One site's mini-adapters as plain LoRA factors, ΔW = left · right, and back again bit for bit."""
+"""One site's mini-adapters as plain LoRA factors, ΔW = left · right, and their exact inverse."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def factors_from_plain(
 ) -> tuple[np.ndarray, np.ndarray]:
     """a [n i r] and b [n r o] from their plain factors; the inverse of `plain_factors` but for rounding by the scales.
 
-    Entries of left and right that `plain_factors` leaves zero are not looked at.
+    Entries of left and right that `plain_factors` leaves zero are ignored.
 
     Args:
       spec: the adapter that the factors are of.
       left: [d_in, rank].
       right: [rank, d_out].
-      scaled: whether the scales are in them.
+      scaled: whether they include the scales.
     """
     n, r = spec.n, max(spec.r)
     scale = blocks.scale_of(spec)

@@ -1,4 +1,4 @@
-"""Whether an adapter tree fits a model: found before anything is changed, and said by path and shape."""
+"""Checks that an adapter fits a model, before anything is changed; errors name path and shape."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def beside_factors(model: nnx.Module) -> dict[str, nnx.Variable]:
 
 
 def _path_in_host(path: str, sites: tuple[str, ...]) -> str:
-    """The path that a variable had before an adapter was put around its layer."""
+    """The path of a variable before its layer was wrapped by an adapter."""
     site = next((site for site in sites if path.startswith(f"{site}base/")), None)
     return path if site is None else site + path.removeprefix(f"{site}base/")
 

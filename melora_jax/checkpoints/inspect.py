@@ -1,4 +1,4 @@
-"""What an adapter folder holds: sites, ranks, norms, size, and what serves it. Ours, PEFT's and the authors'."""
+"""Describes an adapter folder in our format, PEFT's or the authors': sites, ranks, norms, size and servers."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from melora_jax.files.safetensors_io import TensorFile, read_json
 
 @dataclasses.dataclass(frozen=True)
 class SiteSummary:
-    """One site: its sizes, its minis, and what its trained ΔW is like.
+    """One site: its sizes, its minis and properties of its trained ΔW.
 
     Attributes:
-      rank: how many singular values of ΔW are above rounding.
-      effective_rank: exp of the entropy of the singular values' shares.
-      norm, largest: the Frobenius norm of ΔW, and its largest singular value.
+      rank: the number of singular values of ΔW that exceed rounding errors.
+      effective_rank: exp of the entropy of the normalised singular values.
+      norm, largest: the Frobenius norm of ΔW and its largest singular value.
     """
 
     path: str
@@ -42,16 +42,16 @@ class SiteSummary:
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """What `inspect_adapter` finds. Prints as a table.
+    """The result of `inspect_adapter`. Prints as a table.
 
     Attributes:
-      format: whose files they are.
-      base_model, task: as the files say, where they do.
-      parameters: numbers in the factors and in the modules that were trained whole.
+      format: the format of the files.
+      base_model, task: from the files, if they say so.
+      parameters: the number of parameters in factors and `modules_to_save`.
       size: bytes of all files.
-      saved: paths of the parameters of modules that were trained whole.
+      saved: paths of the parameters of `modules_to_save`.
       sites: the adapted layers.
-      readers: what serves the folder as it is.
+      readers: the servers that load the folder as it is.
     """
 
     folder: Path
@@ -82,8 +82,8 @@ def read_any(folder: str | Path) -> AdapterTree:
     """Reads an adapter folder: ours, PEFT's or the authors'.
 
     Raises:
-      FileNotFoundError: the folder holds none of them.
-      ValueError: damaged files, or settings without counterpart.
+      FileNotFoundError: the folder holds no adapter.
+      ValueError: files are damaged, or a setting has no counterpart.
     """
     folder = Path(folder)
     if (folder / TENSOR_FILE).is_file():
@@ -94,11 +94,11 @@ def read_any(folder: str | Path) -> AdapterTree:
 
 
 def inspect_adapter(folder: str | Path) -> Inspection:
-    """What lies in an adapter folder, by its arrays; no base model is needed.
+    """Describes an adapter folder from its files, without the base model.
 
     Raises:
-      FileNotFoundError: no adapter there.
-      ValueError: damaged files, or settings without counterpart.
+      FileNotFoundError: the folder holds no adapter.
+      ValueError: files are damaged, or a setting has no counterpart.
     """
     folder = Path(folder)
     tree = read_any(folder)

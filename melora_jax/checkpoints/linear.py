@@ -1,4 +1,4 @@
-"""Adapters of other kinds as the plain MELoRA that they compute, in arrays: AdaLoRA and PiSSA; DoRA has none."""
+"""AdaLoRA and PiSSA adapters as the plain MELoRA that they compute; DoRA has no such form."""
 
 from __future__ import annotations
 

@@ -19,11 +19,11 @@ _MARK = "<!-- written by melora_jax; a card without this line is kept as it is -
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-    """Where an adapter comes from, as far as it is known.
+    """The origin of an adapter, as far as it is known.
 
     Attributes:
-      scores: what was measured, name to value.
-      data: what it was trained on, in words or by name.
+      scores: measured values by name.
+      data: the name or a description of the training data.
       license: the base model's licence.
     """
 
@@ -41,13 +41,13 @@ def write_card(
     rank: int | None = None,
     format: str | None = None,
 ) -> None:
-    """Writes README.md into `place`, or takes over the one in `folder` that a person wrote.
+    """Writes README.md into `place`, or copies the one in `folder` if a person wrote it.
 
     Args:
       place: the folder to write into.
       folder: the folder that `place` will replace.
       tree: the adapter.
-      provenance: where it comes from.
+      provenance: the adapter's origin.
       rank, format: of an export in PEFT's format; None for our own format.
     """
     theirs = Path(folder).expanduser() / CARD_FILE
@@ -59,7 +59,7 @@ def write_card(
 
 
 def card_text(tree: AdapterTree, provenance: Provenance, *, rank: int | None = None, format: str | None = None) -> str:
-    """The card: metadata, what the adapter is of, its settings, sites and scores. Only what is known is said."""
+    """The card: metadata, base model, settings, sites and scores, as far as they are known."""
     base, scores = tree.base_model, provenance.scores
     library = "peft" if format else "melora_jax"
     metadata = {"base_model": base, "library_name": library, "license": provenance.license}
@@ -100,7 +100,7 @@ def _short(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def license_in(folder: str | Path) -> str | None:
-    """The licence that the metadata of a checkpoint's own card names; None where there is no card or no licence.
+    """The licence in the metadata of a checkpoint's card; None if there is no card or it names none.
 
     >>> license_in("no/such/folder") is None
     True

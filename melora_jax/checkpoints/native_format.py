@@ -1,4 +1,4 @@
-"""Our own adapter format on disk. Works on arrays by path; knows no modules.
+"""Our own adapter format on disk, for arrays by path.
 
 Our folder::
 
@@ -28,7 +28,7 @@ TENSOR_FILE = "melora_adapter.safetensors"
 
 
 def write_adapter(tree: AdapterTree, folder: str | Path, provenance: Provenance | None = None) -> Path:
-    """Writes our format, replacing `folder` as a whole or, on any error, not at all.
+    """Writes our format. `folder` is replaced as a whole, or kept if writing fails.
 
     Args:
       tree: the adapter.
@@ -46,9 +46,9 @@ def read_adapter(folder: str | Path) -> AdapterTree:
     """Reads our format.
 
     Raises:
-      FileNotFoundError: no such adapter folder.
-      ValueError: a file that is damaged, of another version, with a missing tensor, a wrong shape, or a value that is
-        not finite.
+      FileNotFoundError: the folder holds no adapter.
+      ValueError: a file is damaged or of another version, a tensor is missing or has a wrong shape, or a value is not
+        finite.
     """
     folder = Path(folder)
     for name in (CONFIG_FILE, TENSOR_FILE):
@@ -84,7 +84,7 @@ def read_facts(where: Path) -> Facts:
     """Reads melora_config.json.
 
     Raises:
-      ValueError: it is damaged, of another version, or has no config or sites.
+      ValueError: it is damaged or of another version, or lacks config or sites.
     """
     facts = read_json(where)
     found = facts.get("format"), facts.get("version")
@@ -115,7 +115,7 @@ def _finite_tensors(file: Path) -> dict[str, np.ndarray]:
 
 
 def require_finite(tensors: Mapping[str, np.ndarray], file: Path) -> None:
-    """Raises ValueError where a tensor has a NaN or an infinity."""
+    """Raises a ValueError if a tensor holds NaN or an infinity."""
     for key, value in tensors.items():
         if not np.isfinite(value.astype(np.float32)).all():
             raise ValueError(f"{file}: {key} has values that are not finite: training diverged; use an earlier adapter")

@@ -31,12 +31,12 @@ TREE_FOLDER = "tree"
 
 
 def save_orbax(model: nnx.Module, folder: str | Path, part: Part = "adapter") -> Path:
-    """Writes part of an adapted model as an orbax checkpoint, each array with the sharding that it has.
+    """Writes part of an adapted model as an orbax checkpoint; each array keeps its sharding.
 
     Args:
       model: an adapted model.
-      folder: a new or empty folder; it appears whole or not at all.
-      part: `"adapter"`, the factors and the modules that were trained whole; `"merged"`, all of the merged model; or
+      folder: a new or empty folder, which is written as a whole or not at all.
+      part: `"adapter"`, the factors and the modules of `modules_to_save`; `"merged"`, the whole merged model; or
         `"frozen"`, the base's parameters without the adapters.
 
     Raises:
