@@ -122,6 +122,7 @@ def test_toml_blocks_are_recipes():
         from_toml(block.file_name)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("folder")
 def test_commands_do_what_they_say(minilm_folder):
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
@@ -139,19 +140,38 @@ def test_commands_do_what_they_say(minilm_folder):
                     _run_recipe(recipe, overrides, minilm_folder)
                 case [_, "-m", "train", "sweep", recipe, *rest]:
                     _link(Path(from_toml(recipe).model.name), minilm_folder)
-                    _run(sys.executable, "-m", "train", "sweep", recipe, *rest, "--dry-run")
+                    if from_toml(recipe).data.name:
+                        _run(sys.executable, "-m", "train", "sweep", recipe, *rest, "--dry-run")
+                    else:
+                        few = _with(_short_lists(rest), "--seeds", "1")
+                        _run(sys.executable, "-m", "train", "sweep", recipe, *few, *FEW, "--output.folder", "runs/grid")
                 case [_, "-m", "train", "glue", *rest]:
                     _run(sys.executable, "-m", "train", "glue", "--dry-run", *rest)
                 case [_, "-m", "train", "eval", *_]:
-                    pass  # lm-eval's tasks are the hub's; tests/test_eval_command.py runs the command
-                case [_, "-m", "train", "demo" | "bench" | "bench-population" | "crash-test" as command, *options]:
-                    _run(sys.executable, "-m", "train", command, *options, "--help")
+                    pass  # lm-eval's tasks are the hub's; test_eval_command.py runs the command
+                case [_, "-m", "train", "crash-test", recipe, *rest]:
+                    _run(sys.executable, "-m", "train", "crash-test", recipe, *_with(rest, "--kills", "1"), *FEW)
+                case [_, "-m", "train", "bench" | "bench-population" as command, *rest]:
+                    _run(sys.executable, "-m", "train", command, *_with(rest, "--rounds", "1"), "--length", "8")
                 case [_, "-m", "train", "generate", *rest]:
                     _run(sys.executable, "-m", "train", "generate", *rest, "--max-new-tokens", "5")
                 case [_, "-m", "train" | "melora_jax" as package, *rest]:
                     _run(sys.executable, "-m", package, *rest)
                 case _:
                     pytest.fail(f"README.md line {block.line}: don't know how to check {shlex.join(words)}")
+
+
+def _with(words: list[str], option: str, value: str) -> list[str]:
+    """The words with another value of an option."""
+    if option not in words:
+        return [*words, option, value]
+    place = words.index(option)
+    return [*words[: place + 1], value, *words[place + 2 :]]
+
+
+def _short_lists(words: list[str]) -> list[str]:
+    """A grid's words, each list of values cut to its first two."""
+    return [re.sub(r"^([\w.]+=[^,]+,[^,]+),.*", r"\1", word) for word in words]
 
 
 def _run_recipe(recipe: str, overrides: list[str], model: Path) -> None:
