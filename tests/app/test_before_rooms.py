@@ -16,6 +16,8 @@ from tests.support import tiny
 from train.__main__ import main
 from train.run_folder.log import read_metrics
 
+pytestmark = pytest.mark.versions
+
 ARCHIVE = Path(__file__).parents[1] / "fixtures" / "before_rooms.tar.gz"
 KINDS = ("melora", "dora", "adalora", "pissa")
 IDS = np.array([[2, 5, 7, 9, 3, 0], [2, 16, 6, 8, 10, 3]], np.int32)

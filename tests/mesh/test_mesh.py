@@ -12,6 +12,8 @@ import pytest
 
 from tests.support.simulated import environment
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 SOME = ["bert:2,2,2", "bert:8,1,1", "llama:2,2,2", "llama:1,1,8", "deep:2,2,2"]
 REST = [f"{family}:{sizes}" for family in ("bert", "llama") for sizes in ("1,8,1", "4,2,1", "2,1,4", "1,2,4")]

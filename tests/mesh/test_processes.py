@@ -17,6 +17,8 @@ import pytest
 from tests.support import tiny_run
 from tests.support.simulated import environment
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 ADAPTER = {"n": 2, "r": 1, "dropout": 0.1, "targets": ["query", "value", "output.dense"]}
 TRAIN = {"epochs": 4, "batch_size": 8, "accumulate": 2, "eval_batch_size": 8, "log_every": 1, "seed": 7}

@@ -42,6 +42,7 @@ def compiled(tmp_path_factory):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_the_plan_is_within_a_tenth_of_what_xla_plans(compiled, name):
     planned, held = compiled[name]
@@ -136,6 +137,7 @@ def test_the_command_says_what_fits_and_what_to_change(tmp_path, capsys):
     assert "--tensor 3 do not divide 8 x v5p" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_shapes_of_known_models_are_planned_without_their_files(tmp_path, capsys):
     recipe = ROOT / "train" / "recipes" / "alpaca-llama2-7b.toml"
     assert main(["plan", str(recipe), "--shapes", "llama-2-7b", "--device", "v5e"]) == 1

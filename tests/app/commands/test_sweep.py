@@ -95,6 +95,7 @@ def test_dry_run_says_what_would_be_trained_together(place, capsys):
     assert not (place.parent / "sweep").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_goes_on_where_it_was(place, capsys, monkeypatch):
     """The first population is trained, the second broken off; then the first is kept and the second trained."""
     words = ["sweep", str(place), "--seeds", "2", "--grid", "adapter.n=1,3"]

@@ -163,6 +163,7 @@ def own(folder, tmp_path_factory) -> Path:
     return own
 
 
+@pytest.mark.slow
 def test_own_tasks_are_included_and_a_limit_is_kept(folder, own, tmp_path, capsys):
     words = (folder, "--include-path", own, "--tasks")
     evaluated(capsys, *words, "own_task", "--output", tmp_path, "--limit", 4, "--batch-size", 2)

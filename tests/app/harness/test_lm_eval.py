@@ -246,6 +246,7 @@ def test_batches_of_one_size_are_compiled_once(model):
     assert scorer._programs.score._cache_size() - before <= 5
 
 
+@pytest.mark.slow
 def test_a_mesh_gives_the_scores_and_answers_of_one_device(tmp_path):
     """data x fsdp x tensor = 2 x 2 x 2, in a process of its own with eight devices."""
     path = str(ROOT)

@@ -24,6 +24,8 @@ from train.lab.bench.flops import forward_flops
 from train.lab.bench.record import Record, Row, load
 from train.lab.bench.steps import Bench, Facts, Step, variants
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["--batch-size", "2", "--length", "11", "--rounds", "3"]
 NAMES = ["frozen limit", "LoRA r=8", "MELoRA n=8 r=8"]
 

@@ -11,6 +11,8 @@ from tests.support.tiny_run import SIZES, make_checkpoint
 from train.__main__ import main
 from train.lab.bench.population import Timed
 
+pytestmark = pytest.mark.slow
+
 
 def test_every_batch_size_has_its_row(tmp_path, capsys):
     model = make_checkpoint(tmp_path / "model", SIZES | {"vocab_size": 1000})

@@ -111,6 +111,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(place, finished, 
     assert differences(run, finished) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [5, 14])
 def test_a_signal_breaks_off_an_evaluation_which_the_resumed_run_makes(place, finished, monkeypatch, capsys, at):
     """The grace time of a preempted machine may be shorter than an evaluation."""

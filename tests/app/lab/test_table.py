@@ -18,6 +18,8 @@ from train.commands.study import write_study
 from train.lab.tables.results import read_results
 from train.lab.tables.table import plan_table
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -56,7 +58,6 @@ def table(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
 def test_every_row_has_a_chosen_rate_and_a_run_a_seed(table: Path) -> None:
     results = {row.word: row for row in read_results(table)}
     assert list(results) == METHODS
@@ -69,14 +70,12 @@ def test_every_row_has_a_chosen_rate_and_a_run_a_seed(table: Path) -> None:
     assert results["lora:r=2"].parameters == results["melora:n=3,r=2"].parameters == 2 * 2 * (12 + 12)
 
 
-@pytest.mark.slow
 def test_choices_see_no_reported_row(table: Path) -> None:
     for run in (table / "cola").glob("*/*/config.toml"):
         held_back = "held_back = 11" in run.read_text()
         assert held_back == run.parent.name.startswith("rate-")
 
 
-@pytest.mark.slow
 def test_the_page_says_what_the_numbers_say(table: Path) -> None:
     page, data = (table / "results.md").read_text(), json.loads((table / "results.json").read_text())
     reference = next(row for row in data if row["word"] == "lora:r=2")
@@ -95,7 +94,6 @@ def test_the_page_says_what_the_numbers_say(table: Path) -> None:
     assert main(["study", str(table)]) == 0
 
 
-@pytest.mark.slow
 def test_a_table_broken_off_goes_on(material: Path, table: Path, tmp_path: Path) -> None:
     again = shutil.copytree(table, tmp_path / "glue")
     kept = again / "cola/lora-r2/seed-42/metrics.jsonl"

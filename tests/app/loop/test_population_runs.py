@@ -156,6 +156,7 @@ def nudge() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "how"), [(5, blow), (23, blow), (23, nudge)])
 def test_interrupted_and_resumed_equals_uninterrupted(whole, material, tmp_path, monkeypatch, step, how):
     """Also before the first checkpoint. Every loss and the adapters are the same bits."""

@@ -15,6 +15,8 @@ from flax import nnx
 import melora_jax as mj
 from tests.support import reference, tiny
 
+pytestmark = pytest.mark.slow
+
 VOCAB, WIDTH, HEADS, HEAD, INNER = 29, 12, 3, 4, 10
 TOKENS = jnp.array([[3, 1, 28, 7, 7], [0, 5, 11, 2, 9]])
 

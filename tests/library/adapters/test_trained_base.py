@@ -17,6 +17,8 @@ from melora_jax.adapters import Adaptation, BaseParam
 from melora_jax.models.auto import model_from_config
 from tests.support import tiny
 
+pytestmark = pytest.mark.slow
+
 BERT = {
     "model_type": "bert",
     "vocab_size": 13,

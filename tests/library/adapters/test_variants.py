@@ -23,6 +23,8 @@ from melora_jax.training.rank_allocator import within_budget
 from tests.support import reference, tiny
 from tests.support.tiny_run import DECODER_SIZES
 
+pytestmark = pytest.mark.versions
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "DoRA": {"variant": "dora", "r": [1, 2], "alpha": [3, 5]},
     "AdaLoRA": {"variant": "adalora", "r": 3, "alpha": [3, 5]},
@@ -148,6 +150,7 @@ def test_a_file_without_its_extra_arrays_is_refused(tmp_path: Path) -> None:
         mj.load_adapter(tiny.Encoder(), tmp_path / "adapter")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_stack_computes_and_saves_the_same(name: str, tmp_path: Path) -> None:
     settings = VARIANTS[name] | {"n": 2, "targets": ["q_proj", "up_proj"]}

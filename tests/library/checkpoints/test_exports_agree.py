@@ -18,7 +18,7 @@ from tests.support import decoder_fixtures as decoders
 from tests.support import models_fixtures as encoders
 from tests.support import tiny
 
-pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.slow, pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
 ENCODER, LABELS = "roberta", 3
 METHODS: dict[str, dict[str, Any]] = {

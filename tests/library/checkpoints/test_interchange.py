@@ -93,6 +93,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.parametrize("name", CASES)
 def test_peft_reads_the_export_and_gives_our_logits(name: str, base: Any, tmp_path: Path) -> None:

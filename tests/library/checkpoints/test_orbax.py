@@ -21,6 +21,8 @@ from melora_jax.checkpoints import save_orbax
 from tests.support import disk, tiny
 from tests.support.decoder_fixtures import random_decoder
 
+pytestmark = pytest.mark.versions
+
 # What a user without this library does: README.md's two lines, and every array written out by its path.
 SCRIPT = """
 import sys

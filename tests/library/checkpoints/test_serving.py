@@ -19,6 +19,8 @@ from melora_jax.core.report import served_rank
 from tests.support import serving_rules as rules
 from tests.support.decoder_fixtures import random_decoder
 
+pytestmark = pytest.mark.slow
+
 MODULES = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"}
 QV = ["q_proj", "v_proj"]
 EXPORTS: dict[str, dict[str, Any]] = {

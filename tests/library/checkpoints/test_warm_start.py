@@ -65,6 +65,7 @@ def test_another_width_is_told_as_such(tmp_path: Path) -> None:
         mj.warm_start(wide, folder)
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_an_adapter(tmp_path: Path) -> None:
     recipe = tiny_run.recipe(tiny_run.make_material(tmp_path), train={"max_steps": 4})
     assert main(["run", str(recipe)]) == 0

@@ -54,6 +54,7 @@ def test_bfloat16_sums_its_gradient_in_float32(shape: tuple[int, int, int]) -> N
     np.testing.assert_allclose(np.asarray(to_blocks, np.float64), expected, rtol=2**-8, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_its_gradient_has_a_forward_mode_derivative(shape: tuple[int, int, int]) -> None:
     """As a product of the Hessian with a vector needs."""
@@ -70,6 +71,7 @@ def test_its_gradient_has_a_forward_mode_derivative(shape: tuple[int, int, int])
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES[1:4])
 def test_members_of_a_population_have_gradients_of_their_own(shape: tuple[int, int, int]) -> None:
     x, blocks, cotangent = drawn(*shape)

@@ -18,6 +18,8 @@ from melora_jax.core import blocks, initializers
 from melora_jax.core.products.plan import choose_strategy
 from tests.support import reference
 
+pytestmark = pytest.mark.versions
+
 
 class Case(NamedTuple):
     d_in: int

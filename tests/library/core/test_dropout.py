@@ -17,6 +17,8 @@ from flax import nnx
 import melora_jax as mj
 from melora_jax.core.dropout import _random_levels, dropout, key_for_site, numbered_layer
 
+pytestmark = pytest.mark.versions
+
 KEY = jax.random.key(7)
 
 

@@ -56,6 +56,7 @@ def test_of_rank_1_narrow_blocks_are_cheaper_than_latents() -> None:
     assert found == shapes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPECS)
 def test_value_and_gradients_are_the_products_with_the_sum(name: str) -> None:
     """In float64, with ΔW from the factors' dense product and its gradient xᵀg projected on them."""
@@ -80,6 +81,7 @@ def test_value_and_gradients_are_the_products_with_the_sum(name: str) -> None:
         np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPECS)
 def test_its_gradient_has_a_forward_mode_derivative(name: str) -> None:
     """As a product of the Hessian with a vector needs; against the product beside the base."""
@@ -237,6 +239,7 @@ def scanned(call: Any) -> Any:
 TRANSFORMS = {"plain": lambda call: call, "remat": jax.checkpoint, "scan": scanned, "vmap": jax.vmap}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("name", ["mixed ranks, by blocks", "shuffle"])
 def test_a_layer_is_the_batched_one(name: str, transform: str) -> None:

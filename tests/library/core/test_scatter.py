@@ -18,6 +18,8 @@ from melora_jax.config import AdapterSpec
 from melora_jax.core import blocks
 from tests.support import reference, tiny
 
+pytestmark = pytest.mark.slow
+
 D_IN, D_OUT, N, R = 21, 33, 3, 2
 SPEC = AdapterSpec(n=N, r=(R,) * N, alpha=(3.0, 5.0, 7.0), mixer="scatter")
 

@@ -83,6 +83,7 @@ def test_greedy_equals_transformers_token_by_token(tmp_path, name):
     assert found.lengths.tolist() == [NEW] * 3
 
 
+@pytest.mark.slow
 def test_greedy_equals_the_likeliest_token_of_the_whole_sequence(model):
     """The same without torch or a cache: each new token is the argmax after all tokens before it."""
     ids, mask = prompts()

@@ -22,6 +22,8 @@ from melora_jax.checkpoints.native_format import read_adapter, write_adapter
 from tests.support import tiny
 from tests.support.linen_hosts import ALPHA, Host, R, flat_delta, stirred
 
+pytestmark = pytest.mark.versions
+
 
 class Case(NamedTuple):
     """A layer; its input's shape; its equation `x,kernel->y`; the kernel's labels in the order of ΔW's axes."""

@@ -14,6 +14,8 @@ import melora_jax as mj
 from melora_jax import linen
 from tests.support.linen_hosts import EVERY, Block, Host, Scanned, X, adapted, flat_delta, stirred
 
+pytestmark = pytest.mark.slow
+
 
 class Unrolled(nn.Module):
     layers: int

@@ -11,6 +11,8 @@ from flax import nnx
 
 from melora_jax.nn.tree import path_of, rewrite, walk
 
+pytestmark = pytest.mark.versions
+
 
 class Leaf(nnx.Module):
     def __init__(self, name: str) -> None:

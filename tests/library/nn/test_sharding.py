@@ -26,6 +26,8 @@ from tests.support import decoder_fixtures, models_fixtures, tiny, tiny_run
 from train.config.run_config import from_toml
 from train.loop.setup import prepare
 
+pytestmark = pytest.mark.versions
+
 MESH = AbstractMesh((2, 2, 2), AXES)
 TASK = "sequence-classification"
 CONFIGS = {**models_fixtures.CONFIGS, **decoder_fixtures.CONFIGS}

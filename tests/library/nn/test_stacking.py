@@ -20,6 +20,8 @@ from melora_jax.nn.scan_layers import LayerRun
 from melora_jax.nn.tree import walk
 from tests.support.decoder_fixtures import random_decoder, token_ids
 
+pytestmark = pytest.mark.slow
+
 KEY = jax.random.key(5)
 ENCODER = {
     "vocab_size": 41,

@@ -16,6 +16,8 @@ import melora_jax as mj
 from melora_jax.training.optimizer import labels_of
 from tests.support import reference, tiny
 
+pytestmark = pytest.mark.versions
+
 KEY = jax.random.key(3)
 LABELS = jnp.array([2, 0])
 BATCH = {"ids": tiny.IDS, "labels": LABELS, "weight": jnp.ones(2)}

@@ -112,6 +112,7 @@ def together(varied: str, streams: Any, accumulate: int, strategy: str, at_once:
     return [flat(member_state(state, member).trainable) for member in range(len(seeds))], np.array(losses)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("varied", "streams", "accumulate", "strategy", "at_once"),
     [(varied, "shared", 1, "packed", None) for varied in VARIED]

@@ -180,6 +180,7 @@ def adapted_gradient(name: str, remat: str, rate: float) -> tuple[Callable, nnx.
     return jax.grad(loss), trainable
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "rate", "remat"), [("smollm2", 0.0, "dots"), ("gemma2", 0.25, "full")])
 def test_rematerialised_layers_have_the_same_gradients(name, rate, remat):
     key, found = jax.random.key(5), []

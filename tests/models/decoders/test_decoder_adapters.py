@@ -22,6 +22,8 @@ from tests.support.decoder_fixtures import (
     torch_run,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def adapted(model, **changes):
     """The model with adapters whose B is not zero."""

@@ -44,6 +44,7 @@ def adapted(model):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.parametrize("name", ["llama", *FAMILIES])
 def test_logits_equal_those_of_transformers(tmp_path, name):
@@ -158,6 +159,7 @@ def test_the_commands_merge_and_compress_it(tmp_path):
     np.testing.assert_allclose(apply(nearest, ids, mask), apply(model, ids, mask), rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_run_trains_it_and_exports_the_head(tmp_path, capsys):
     material = make_material(tmp_path, DECODER_SIZES)
     words = ["--adapter.targets", "q_proj", "v_proj", "--adapter.modules_to_save", "score", "--adapter.n", "2"]

@@ -36,6 +36,7 @@ def same(found, expected) -> bool:
 # what loads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_saved_and_loaded_is_the_same_bit_for_bit(tmp_path, name):
     for task, dtype in (("causal-lm", "float32"), ("encoder", "bfloat16")):

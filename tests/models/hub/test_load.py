@@ -63,6 +63,7 @@ def edit_config(folder: Path, **changes) -> None:
 # what loads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("task", ["sequence-classification", "regression", "encoder"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -75,6 +76,7 @@ def test_saved_and_loaded_is_the_same_bit_for_bit(tmp_path, family, task, dtype)
     assert loaded.load_report.initialised == loaded.load_report.ignored == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("task", "labels"), [("sequence-classification", 5), ("regression", 1), ("encoder", None)])

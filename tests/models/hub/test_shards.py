@@ -18,6 +18,8 @@ from tests.support import models_fixtures as fixtures
 from tests.support import tiny
 from tests.support.decoder_fixtures import CONFIGS, apply, random_decoder, token_ids, torch_decoder, torch_run
 
+pytestmark = pytest.mark.slow
+
 INDEX = "model.safetensors.index.json"
 
 
