@@ -11,13 +11,12 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-import melora_jax as mj
 from train.commands.study import write_study
 from train.config.metrics import is_better
-from train.lab.memory.planning import adapted_shapes
 from train.lab.tables.cells import is_finished, run_cells
 from train.lab.tables.results import read_results, score_after_last, write_manifest
 from train.lab.tables.table import Row, plan_table
+from train.loop.description import describe_run
 from train.loop.loop import exit_code
 from train.report.tables import terminal_table
 from train.run_folder.errors import RunError
@@ -132,7 +131,7 @@ def _planned(rows: Sequence[Row]) -> Table:
     headers = ("task", "method", "adapters", "base", "heads", "share", "runs", "done")
     lines = []
     for row in rows:
-        count = mj.describe(adapted_shapes(row.base))
+        count = describe_run(row.base).adaptation
         runs = [*row.choices().values(), *row.reported(row.rates[0])]
         done = sum(is_finished(Path(run.output.folder)) for run in runs)
         share = count.trainable / (count.trainable + count.frozen)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from train.config.run_config import from_toml, settings_of
-from train.hosts.hosts import is_first, join, meet, require_equal
-from train.loop.finish import finish
+from train.config.run_config import from_toml, texts_of
+from train.hosts.hosts import is_first, join_hosts, meet, require_equal
+from train.loop.best import finish
 from train.loop.loop import describe_stop, exit_code
 from train.loop.loop import run as train_run
 from train.loop.setup import prepare
@@ -21,8 +21,8 @@ def run(words: Sequence[str]) -> int:
         )
     resume = "--resume" in words
     config = from_toml(words[0], [word for word in words[1:] if word != "--resume"])
-    join(config.distributed)
-    require_equal(settings_of(config, resume), "start every host with the same recipe and options")
+    join_hosts(config.distributed)
+    require_equal(texts_of(config, resume), "start every host with the same recipe and options")
     experiment = prepare(config)
     outcome = train_run(experiment, resume)
     if is_first() and outcome.stopped_by:

@@ -15,11 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from train.config.metrics import is_better
-from train.lab.memory.planning import adapted_shapes
 from train.lab.tables.grid import Point, parse_grid, points_of
+from train.loop.description import describe_run
 from train.loop.loop import Outcome, exit_code
-from train.loop.members import group, require_population
-from train.loop.population import run_population
+from train.loop.population import group, require_population, run_population
 from train.report.comparison import write_comparison
 from train.run_folder.errors import RunError
 from train.run_folder.folder import read_run
@@ -90,7 +89,7 @@ def plan(points: Sequence[Point]) -> list[list[Point]]:
     populations = [[points[place] for place in places] for places in group(configs)]
     for population in populations:
         require_population([point.config for point in population])
-        adapted_shapes(population[0].config)
+        describe_run(population[0].config)
     return populations
 
 

@@ -26,8 +26,13 @@ def read_recipe(path: Path) -> Sections:
     if not path.is_file():
         shipped = ", ".join(sorted(recipe.name for recipe in RECIPES.glob("*.toml")))
         raise ValueError(f"no recipe at {path}; give the path of a TOML file, or one of train/recipes: {shipped}")
+    return parse_recipe(path.read_bytes(), path)
+
+
+def parse_recipe(content: bytes, path: Path) -> Sections:
+    """`read_recipe` of what the file `path` holds, or held."""
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = content.decode("utf-8")
         tables = tomllib.loads(text)
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from None

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 import tyro
 
-from melora_jax import MELoRAConfig
-from train.config.methods import check_adalora, melora_config
+from train.config.methods import Method, check_adalora, resolve_method
 from train.config.metrics import metric_names
 from train.config.recipe import check_options, read_recipe
 from train.config.schema import OutputConfig, Sections
@@ -57,9 +57,9 @@ class RunConfig(Sections):
     Raises:
       ValueError: a value out of range, or values that contradict each other; the message names the key.
 
-    >>> from train.sections import DataConfig, ModelConfig
+    >>> from train.config.schema import DataConfig, ModelConfig
     >>> config = RunConfig(ModelConfig("bert"), data=DataConfig(name="glue/cola"), output=OutputConfig("runs/cola"))
-    >>> config.metric, config.melora.n
+    >>> config.metric, config.method.settings.n
     ('matthews', 8)
     """
 
@@ -67,14 +67,14 @@ class RunConfig(Sections):
         for problem in self._problems():
             raise ValueError(problem)
         try:
-            melora_config(self.adapter)
+            _ = self.method  # resolved here, for its errors
         except ValueError as error:
             raise ValueError(f"[adapter] {error}") from None
 
-    @property
-    def melora(self) -> MELoRAConfig:
-        """What `melora_jax.adapt` takes."""
-        return melora_config(self.adapter)
+    @functools.cached_property
+    def method(self) -> Method:
+        """What the run trains, and how."""
+        return resolve_method(self)
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -182,10 +182,9 @@ def from_toml(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return RunConfig(**vars(sections))
 
 
-def settings_of(config: RunConfig, resume: bool) -> dict[str, str]:
+def texts_of(config: RunConfig, resume: bool) -> dict[str, str]:
     """What every process of a run must have been started with alike, by section."""
-    tables = tomllib.loads(to_toml(config))
-    return {f"[{name}]": tomli_w.dumps(table) for name, table in tables.items()} | {"--resume": str(resume)}
+    return {f"[{name}]": tomli_w.dumps(table) for name, table in _tables(config).items()} | {"--resume": str(resume)}
 
 
 def to_toml(config: RunConfig) -> str:
@@ -193,11 +192,12 @@ def to_toml(config: RunConfig) -> str:
 
     So is the number of the process, the one thing in which processes of a run differ.
     """
+    return tomli_w.dumps(_tables(config))
+
+
+def _tables(config: RunConfig) -> dict[str, dict[str, Any]]:
     tables = dataclasses.asdict(config)
     tables["distributed"]["process"] = None
-    return tomli_w.dumps(
-        {
-            name: {key: value for key, value in table.items() if value not in (None, {})}
-            for name, table in tables.items()
-        }
-    )
+    return {
+        name: {key: value for key, value in table.items() if value not in (None, {})} for name, table in tables.items()
+    }

@@ -28,7 +28,7 @@ from train.data.conversations import Conversation, Turn
 from train.data.templates import make_template
 from train.data.tokens import read_tokenizer
 from train.demo.reviews import emptied
-from train.loop.finish import finish
+from train.loop.best import finish
 from train.loop.loop import describe_stop, exit_code, run
 from train.loop.setup import prepare
 from train.report.comparison import rank_range, write_comparison

@@ -15,7 +15,7 @@ from rich.console import Console
 from train.assets.assets import assets_cache, fetch_minilm, fetch_movie_reviews
 from train.config.run_config import RunConfig
 from train.config.schema import AdapterConfig, DataConfig, ModelConfig, OptimConfig, OutputConfig, TrainConfig
-from train.loop.finish import finish
+from train.loop.best import finish
 from train.loop.loop import describe_stop, exit_code, run
 from train.loop.setup import prepare
 from train.report.comparison import comparison_table, write_comparison

@@ -19,7 +19,7 @@ _SILENCE_SECONDS = 25
 _JOINING_SECONDS = 300
 
 
-def join(config: DistributedConfig) -> None:
+def join_hosts(config: DistributedConfig) -> None:
     """Makes this process one of many, where the configuration says so; before anything else uses a device.
 
     Raises:

@@ -1,13 +1,13 @@
-"""Checkpoints of a run: trainables, optimizer state, step and config, by orbax; the latest and the best are kept."""
+"""Checkpoints: trainables, optimizer state, step and notes, by orbax; the latest and the best are kept."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -20,37 +20,64 @@ from train.run_folder.log import replace_text
 
 
 @dataclasses.dataclass(frozen=True)
-class Bookkeeping:
+class MemberNotes:
     """What a run must remember beside its arrays.
 
     Attributes:
       config: the run's configuration as TOML text.
       best: the best ranking metric so far, and the step it was seen at.
       waited: evaluations since then, for early stopping.
-      seconds: time spent so far.
-      unevaluated: the evaluation that was due at this step was broken off, and is the first thing to do.
+      diverged: the step at which its loss was not finite; None while it is.
     """
 
     config: str
     best: float | None = None
     best_step: int | None = None
     waited: int = 0
+    diverged: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Notes:
+    """What a cohort must remember beside its arrays.
+
+    Attributes:
+      members: each run's own.
+      seconds: time spent so far.
+      unevaluated: a signal stopped the evaluation that was due at this step, and it comes first.
+    """
+
+    members: Sequence[MemberNotes]
     seconds: float = 0.0
     unevaluated: bool = False
 
+    @classmethod
+    def start(cls, configs: Sequence[str]) -> Self:
+        """Those of a cohort that has not begun, from its members' configurations."""
+        return cls([MemberNotes(config=config) for config in configs])
 
-Notes = TypeVar("Notes")  # a dataclass of JSON values
+    @classmethod
+    def from_json(cls, table: Mapping[str, Any]) -> Self:
+        """Reads notes, also of earlier versions: a lone run's in one table, or a population's with `diverged` aside."""
+        tables = table.get("members", [table])
+        ends = table.get("diverged", [one.get("diverged") for one in tables])
+        names = {field.name for field in dataclasses.fields(MemberNotes)}
+        members = [
+            MemberNotes(**{key: value for key, value in one.items() if key in names} | {"diverged": end})
+            for one, end in zip(tables, ends, strict=True)
+        ]
+        return cls(members, table["seconds"], table["unevaluated"])
 
 
-class Checkpoints(Generic[Notes]):
-    """The checkpoints below `folder`, each with notes of the kind that the run keeps. A context manager.
+class Checkpoints:
+    """The checkpoints below `folder`, each with notes. A context manager.
 
     Only what training changes is stored; the frozen base is read from its own checkpoint. A save is complete or absent:
     orbax writes beside and renames, and leftovers of a killed save are removed when the folder is opened again.
     """
 
-    def __init__(self, folder: Path, kind: type[Notes]) -> None:
-        self.folder, self._kind = folder, kind
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self._best = _BestStep()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy([checkpoint_managers.LatestN(1), self._best]),
@@ -69,12 +96,12 @@ class Checkpoints(Generic[Notes]):
         return sorted(self._manager.all_steps())
 
     def describe_latest(self) -> str:
-        """What is left to go on from."""
+        """Which checkpoint is left."""
         latest = self.latest()
         return "no checkpoint was written yet" if latest is None else f"the checkpoint of step {latest} is intact"
 
     def save(self, state: TrainState, notes: Notes, best_step: int | None) -> None:
-        """Saves at the state's step; of a checkpoint of that step, only the notes are written anew.
+        """Saves at the state's step; if there is a checkpoint of that step, only its notes are replaced.
 
         The newest checkpoint and that of `best_step` are kept.
 
@@ -85,9 +112,8 @@ class Checkpoints(Generic[Notes]):
         if step in self._manager.all_steps():
             self._note_later(step, notes, best_step)
             return
-        table: Any = notes
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(_named(state)), notes=ocp.args.JsonSave(dataclasses.asdict(table))
+            state=ocp.args.StandardSave(_named(state)), notes=ocp.args.JsonSave(dataclasses.asdict(notes))
         )
         try:
             self._manager.save(step, args=items)
@@ -97,24 +123,23 @@ class Checkpoints(Generic[Notes]):
             ) from error
 
     def _note_later(self, step: int, notes: Notes, best_step: int | None) -> None:
-        """The evaluation that was broken off was made after all."""
+        """The evaluation that a signal stopped has been made after all."""
         if is_first():
-            table: Any = notes
             # orbax has no way to change an item; its JSON items are one file.
-            replace_text(self.folder / str(step) / "notes" / "metadata", json.dumps(dataclasses.asdict(table)))
+            replace_text(self.folder / str(step) / "notes" / "metadata", json.dumps(dataclasses.asdict(notes)))
         for other in self.steps():
             if other not in (step, best_step):
                 self._manager.delete(other)
 
-    def restore(self, like: TrainState) -> tuple[TrainState, Notes]:
-        """The newest checkpoint, as arrays placed like those of `like`.
+    def restore(self, like: TrainState) -> TrainState:
+        """The state of the newest checkpoint, as arrays placed like those of `like`.
 
         Raises:
           ValueError: it does not fit `like`, or is damaged.
         """
         step = self._manager.latest_step()
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _named(like))
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), notes=ocp.args.JsonRestore())
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         try:
             restored = self._manager.restore(step, args=items)
         except (ValueError, KeyError, OSError) as error:
@@ -123,13 +148,15 @@ class Checkpoints(Generic[Notes]):
                 f"start again in another --output.folder: {_reason(error)}"
             ) from error
         leaves = [restored["state"][name] for name in _named(like)]
-        return jax.tree.unflatten(jax.tree.structure(like), leaves), self._kind(**restored["notes"])
+        return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
-    def notes(self) -> Notes:
-        """The newest checkpoint's bookkeeping alone."""
+    def notes(self) -> Notes | None:
+        """Those of the newest checkpoint; None before the first."""
         step = self._manager.latest_step()
+        if step is None:
+            return None
         restored = self._manager.restore(step, args=ocp.args.Composite(notes=ocp.args.JsonRestore()))
-        return self._kind(**restored["notes"])
+        return Notes.from_json(restored["notes"])
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The newest checkpoint's arrays by name, on the host."""

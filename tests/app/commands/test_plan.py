@@ -166,6 +166,6 @@ def test_what_methods_have_beside_their_factors_is_counted_on_one_device_and_ref
     section = dataclasses.replace(section, targets=("q_proj", "v_proj"), modules_to_save=())
     config = dataclasses.replace(run_config(tmp_path, DECODER), adapter=section)
     planned = plan_run(config, abstract_mesh())
-    assert planned.trainable == 4 * (config.melora.r * 3 * (2 * 192 + 192 + 96) + more)
+    assert planned.trainable == 4 * (config.method.settings.r * 3 * (2 * 192 + 192 + 96) + more)
     with pytest.raises(ValueError, match="runs on one device and not on 2; plan for one"):
         plan_run(config, abstract_mesh(tensor=2))

@@ -12,8 +12,8 @@ from flax import nnx
 import melora_jax as mj
 from melora_jax.adapters import Adaptation
 from melora_jax.models import abstract_model
-from train.config.adapter_section import AdapterConfig, Method
 from train.config.methods import PRESETS, melora_config
+from train.config.schema import AdapterConfig, MethodName
 
 ROBERTA = {
     "model_type": "roberta",
@@ -56,13 +56,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
-def adapted(model: Any, word: Method, **settings: Any) -> Adaptation:
+def adapted(model: Any, word: MethodName, **settings: Any) -> Adaptation:
     keys = {"r": R} if PRESETS[word].adapted else {}
     return mj.adapt(nnx.clone(model), melora_config(AdapterConfig(method=word, **keys, **settings)), rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize("word", PRESETS)
-def test_roberta_base(models: dict[str, Any], word: Method) -> None:
+def test_roberta_base(models: dict[str, Any], word: MethodName) -> None:
     adaptation = adapted(models["roberta"], word)
     more = {"dora": 24 * 768, "adalora": 24 * R}.get(word, 0)
     assert adaptation.adapter == (36_864 * R + more if PRESETS[word].adapted else 0)
@@ -71,7 +71,7 @@ def test_roberta_base(models: dict[str, Any], word: Method) -> None:
 
 
 @pytest.mark.parametrize("word", [word for word, preset in PRESETS.items() if preset.adapted])
-def test_llama_2_7b(models: dict[str, Any], word: Method) -> None:
+def test_llama_2_7b(models: dict[str, Any], word: MethodName) -> None:
     adaptation = adapted(models["llama"], word, targets=("q_proj", "v_proj"), modules_to_save=())
     more = {"dora": 64 * 4096, "adalora": 64 * R}.get(word, 0)
     assert adaptation.trainable == 524_288 * R + more

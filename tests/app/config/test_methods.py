@@ -10,10 +10,17 @@ import pytest
 
 import melora_jax as mj
 from melora_jax.training import RankBudget
-from train.config.adapter_section import AdaLoRAConfig, AdapterConfig
-from train.config.methods import PRESETS, melora_config, rank_budget, with_method
+from train.config.methods import PRESETS, melora_config, resolve_method
 from train.config.run_config import RunConfig, from_toml, to_toml
-from train.config.schema import DataConfig, ModelConfig, OptimConfig, OutputConfig
+from train.config.schema import (
+    AdaLoRAConfig,
+    AdapterConfig,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    OutputConfig,
+    Sections,
+)
 
 QV: dict[str, Any] = {"targets": ("query", "value"), "modules_to_save": ("classifier",)}
 ALONE: dict[str, Any] = {"targets": (), "modules_to_save": ("classifier",)}
@@ -63,10 +70,12 @@ def test_given_keys_are_taken() -> None:
 
 def test_lora_plus_trains_b_at_16_times_the_rate_unless_told() -> None:
     optim, plus = OptimConfig(learning_rate=2e-4), AdapterConfig(method="lora+")
-    assert with_method(optim, plus) == dataclasses.replace(optim, b_learning_rate=32e-4)
+    assert resolve_method(Sections(optim=optim, adapter=plus)).optim == dataclasses.replace(
+        optim, b_learning_rate=32e-4
+    )
     told = dataclasses.replace(optim, b_learning_rate=1e-3)
-    assert with_method(told, plus) == told
-    assert with_method(optim, AdapterConfig(method="lora")) == optim
+    assert resolve_method(Sections(optim=told, adapter=plus)).optim == told
+    assert resolve_method(Sections(optim=optim, adapter=AdapterConfig(method="lora"))).optim == optim
 
 
 @pytest.mark.parametrize(
@@ -116,18 +125,18 @@ def test_a_recipe_with_a_wrong_word_is_told_the_nearest(tmp_path: Path) -> None:
 
 
 def test_the_budget_of_adalora() -> None:
-    assert rank_budget(run_config(AdapterConfig()), 50) is None
+    assert run_config(AdapterConfig()).method.rank_budget(50) is None
     usual = run_config(AdapterConfig(method="adalora", r=5))
-    assert rank_budget(usual, 50) == RankBudget(target_r=3, total_step=50, tinit=5, tfinal=15, delta_t=10)
-    assert rank_budget(usual, 7) == RankBudget(target_r=3, total_step=7, tinit=0, tfinal=2, delta_t=5)
+    assert usual.method.rank_budget(50) == RankBudget(target_r=3, total_step=50, tinit=5, tfinal=15, delta_t=10)
+    assert usual.method.rank_budget(7) == RankBudget(target_r=3, total_step=7, tinit=0, tfinal=2, delta_t=5)
     # the authors' MELoRA baseline on GLUE
     authors = AdaLoRAConfig(target_r=8, tinit=1000, tfinal=2000, delta_t=10)
-    budget = rank_budget(run_config(AdapterConfig(method="adalora", r=16), authors), 9000)
+    budget = run_config(AdapterConfig(method="adalora", r=16), authors).method.rank_budget(9000)
     assert budget == RankBudget(target_r=8, total_step=9000, tinit=1000, tfinal=2000, delta_t=10)
     with pytest.raises(
         ValueError, match=r"^\[adalora\] tinit=1000 and tfinal=2000 leave no step of total_step=3000 in wh"
     ):
-        rank_budget(run_config(AdapterConfig(method="adalora", r=16), authors), 3000)
+        run_config(AdapterConfig(method="adalora", r=16), authors).method.rank_budget(3000)
 
 
 def test_adaloras_keys_belong_to_adalora() -> None:
@@ -135,3 +144,9 @@ def test_adaloras_keys_belong_to_adalora() -> None:
         run_config(AdapterConfig(method="lora"), AdaLoRAConfig(target_r=2))
     with pytest.raises(ValueError, match=r"^adalora.orthogonality=-1 must be a finite number of at least 0$"):
         run_config(AdapterConfig(method="adalora"), AdaLoRAConfig(orthogonality=-1))
+
+
+def test_alpha_varies_among_runs_of_one_step_where_it_is_one_factor_on_b() -> None:
+    alike = [{}, {"method": "lora"}, {"method": "dora"}, {"init": "orthogonal", "r": 2}]
+    own = [{"method": "adalora"}, {"init": "pissa"}, {"alpha": (1.0,) * 8}, {"alpha_pattern": {"query": 3.0}}]
+    assert [run_config(AdapterConfig(**one)).method.varying_alpha() for one in alike + own] == [True] * 4 + [False] * 4

@@ -36,7 +36,7 @@ def test_glue_recipes_are_the_authors_settings(name, settings):
     assert (train.epochs, train.batch_size, data.max_length, optim.learning_rate, config.metric) == settings
     assert optim.head_learning_rate == optim.learning_rate / 2
     assert config.output.folder == f"runs/{name}"
-    assert config.melora == MELoRAConfig(
+    assert config.method.settings == MELoRAConfig(
         n=2, r=8, alpha=16, dropout=0.05, targets=["query", "value"], modules_to_save=["classifier"]
     )
     assert (optim.weight_decay, optim.beta1, optim.beta2, optim.epsilon) == (0.01, 0.9, 0.999, 1e-8)

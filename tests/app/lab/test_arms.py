@@ -17,7 +17,12 @@ def base() -> RunConfig:
 
 def test_a_word_says_a_method_and_its_settings() -> None:
     config = arm_from_word("melora:n=4,r=3,optim.learning_rate=1e-3,scaling=rslora").configured(base())
-    assert (config.adapter.method, config.melora.n, config.melora.r, config.melora.scaling) == (
+    assert (
+        config.adapter.method,
+        config.method.settings.n,
+        config.method.settings.r,
+        config.method.settings.scaling,
+    ) == (
         "melora",
         4,
         3,

@@ -24,7 +24,7 @@ from tests.support.tiny_run import make_material, recipe
 from train.__main__ import main
 from train.hosts.interrupt import Interrupt
 from train.lab.crash.ends import differences
-from train.loop.checkpoint import Bookkeeping, Checkpoints
+from train.loop.checkpoint import Checkpoints, MemberNotes, Notes
 from train.run_folder.leftovers import clear_leftovers, leftovers
 
 QUICK = {"data": {"buckets": [24]}, "train": {"eval_every": 5}}
@@ -115,16 +115,16 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(place, finished, 
 @pytest.mark.parametrize("at", [5, 14])
 def test_a_signal_breaks_off_an_evaluation_which_the_resumed_run_makes(place, finished, monkeypatch, capsys, at):
     """The grace time of a preempted machine may be shorter than an evaluation."""
-    evaluate = train.loop.loop.evaluate
+    evaluate = train.loop.loop.measure_held_out
 
-    def interrupted(experiment, steps, state, *rest):
-        if int(state.step) == at:
+    def interrupted(cohort, *rest):
+        if int(cohort.state.step) == at:
             os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(experiment, steps, state, *rest)
+        return evaluate(cohort, *rest)
 
     run = words(place, f"stopped-{at}")
     with monkeypatch.context() as patched:
-        patched.setattr(train.loop.loop, "evaluate", interrupted)
+        patched.setattr(train.loop.loop, "measure_held_out", interrupted)
         assert main(run) == 128 + signal.SIGTERM
     assert f"stopped by SIGTERM after step {at}, which is saved" in capsys.readouterr().out
     assert main([*run, "--resume"]) == 0
@@ -135,7 +135,7 @@ def test_a_second_signal_is_not_held_back():
     before = signal.getsignal(signal.SIGTERM)
     with Interrupt() as interrupt:
         os.kill(os.getpid(), signal.SIGTERM)
-        assert interrupt.signal == signal.SIGTERM
+        assert interrupt.signal() == signal.SIGTERM
         # The next one ends the process as it would have before.
         assert signal.getsignal(signal.SIGTERM) is before
     assert signal.getsignal(signal.SIGTERM) is before
@@ -167,27 +167,29 @@ def test_an_old_content_without_successor_is_put_back(tmp_path):
 def test_the_best_checkpoint_is_known_after_reopening(tmp_path):
     def save(step: int, best: int) -> None:
         state = mj.TrainState(jnp.int32(step), nnx.State({}), {"x": jnp.zeros(())}, nnx.State({}))
-        with Checkpoints(tmp_path, Bookkeeping) as checkpoints:
-            checkpoints.save(state, Bookkeeping(config="", best_step=best), best)
+        with Checkpoints(tmp_path) as checkpoints:
+            checkpoints.save(state, Notes([MemberNotes(config="", best_step=best)]), best)
 
     for step, best in enumerate((1, 2, 2, 2), start=1):
         save(step, best)
-    with Checkpoints(tmp_path, Bookkeeping) as checkpoints:
+    with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.steps() == [2, 4]
 
 
 def test_the_newest_checkpoint_becomes_the_best_one_once_it_is_evaluated(tmp_path):
-    def save(step: int, **notes: Any) -> None:
+    def save(step: int, unevaluated: bool = False, **notes: Any) -> None:
         state = mj.TrainState(jnp.int32(step), nnx.State({}), {"x": jnp.zeros(())}, nnx.State({}))
-        with Checkpoints(tmp_path, Bookkeeping) as checkpoints:
-            checkpoints.save(state, Bookkeeping(config="", **notes), notes["best_step"])
+        with Checkpoints(tmp_path) as checkpoints:
+            checkpoints.save(
+                state, Notes([MemberNotes(config="", **notes)], unevaluated=unevaluated), notes["best_step"]
+            )
 
     save(1, best_step=1)
     save(2, best_step=1, unevaluated=True)  # broken off
     save(2, best=0.5, best_step=2)  # the resumed run
-    with Checkpoints(tmp_path, Bookkeeping) as checkpoints:
+    with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.steps() == [2]
-        assert checkpoints.notes() == Bookkeeping(config="", best=0.5, best_step=2)
+        assert checkpoints.notes() == Notes([MemberNotes(config="", best=0.5, best_step=2)])
     save(3, best_step=2)
-    with Checkpoints(tmp_path, Bookkeeping) as checkpoints:
+    with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.steps() == [2, 3]

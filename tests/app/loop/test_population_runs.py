@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-import train.loop.population_loop
+import train.loop.bookkeeping
 from tests.support.tiny_run import make_material, recipe
 from train.config.run_config import RunConfig, from_toml
 from train.loop.loop import Outcome, run
-from train.loop.members import group, require_population
-from train.loop.population import run_population
+from train.loop.population import group, require_population, run_population
 from train.loop.setup import prepare
 from train.run_folder.folder import read_run, resume_command
 from train.run_folder.log import read_metrics
@@ -115,7 +114,7 @@ def test_a_member_that_diverges_stops_nobody_else(whole):
 
 def test_a_population_that_has_ended_is_not_trained_again(whole, material, monkeypatch):
     folder, outcomes = whole
-    monkeypatch.setattr("train.loop.population.prepare_population", None)
+    monkeypatch.setattr("train.loop.population.population", None)
     configs = members_of(material, folder)
     assert run_population(configs, folder / "population", COMMAND, resume=True) == outcomes
     with pytest.raises(ValueError, match=r"^optim\.learning_rate is 0\.5, but 0\.005 in the run"):
@@ -130,7 +129,7 @@ def test_a_population_that_has_ended_is_not_trained_again(whole, material, monke
 
 def interrupted(material: Path, folder: Path, monkeypatch, step: int, how) -> list[RunConfig]:
     """A population on which `how` falls when it reports `step`."""
-    report = train.loop.population_loop.Session._report
+    report = train.loop.bookkeeping.Book._report
 
     def with_a_blow(self, done: int) -> None:
         report(self, done)
@@ -138,7 +137,7 @@ def interrupted(material: Path, folder: Path, monkeypatch, step: int, how) -> li
             how()
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.loop.population_loop.Session, "_report", with_a_blow)
+        patch.setattr(train.loop.bookkeeping.Book, "_report", with_a_blow)
         configs = members_of(material, folder)
         try:
             outcomes = run_population(configs, folder / "population", COMMAND)

@@ -125,6 +125,8 @@ def test_a_signal_saves_and_tells_how_to_go_on(place, uninterrupted, number):
     assert stopped, output
     assert process.returncode == 128 + number
     assert "Traceback" not in output
+    said = f"{number.name}: the run stops after this step and saves; a second one ends it at once"
+    assert said in output.splitlines()
     assert (run / "checkpoints" / stopped[1]).is_dir()
     words = stopped[2].split()
     assert words[:3] == ["python", "-m", "train"]

@@ -14,8 +14,8 @@ import pytest
 import melora_jax as mj
 from tests.support.tiny_run import make_material, recipe
 from train.__main__ import main
-from train.loop.checkpoint import Bookkeeping, Checkpoints
-from train.loop.loop import _Session
+from train.loop.bookkeeping import Book
+from train.loop.checkpoint import Checkpoints
 from train.run_folder.log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -107,6 +107,24 @@ def test_bad_input_is_one_line_and_changes_no_file(place, capsys, case):
     assert contents(place) == before
 
 
+def max_length_over_the_models(place):
+    return recipe(place, data={"max_length": 50}), ["data.max_length=50 is over the 37 tokens that the model takes"]
+
+
+@pytest.mark.parametrize("case", [n_that_does_not_divide, target_that_matches_nothing, max_length_over_the_models])
+def test_what_shapes_tell_is_found_before_data_and_weights_are_read(place, capsys, monkeypatch, case):
+    def read(*_, **__):
+        raise AssertionError("read")
+
+    path, says = case(place)
+    monkeypatch.setattr("train.loop.setup.read_material", read)
+    monkeypatch.setattr(mj, "from_pretrained", read)
+    assert main(["run", str(path)]) == 2
+    error = capsys.readouterr().err
+    for words in says:
+        assert words in error
+
+
 def test_the_command_line_prints_no_traceback(place):
     """The same through the real process: what a person sees, and the exit code."""
     path, says = n_that_does_not_divide(place)
@@ -133,7 +151,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(place, capsys):
     assert "is not finite" in error
     assert "lower optim.learning_rate" in error
     assert error.count("\n") == 1
-    with Checkpoints(place / "run" / "checkpoints", Bookkeeping) as checkpoints:
+    with Checkpoints(place / "run" / "checkpoints") as checkpoints:
         assert checkpoints.latest() == 1  # of the NaN step nothing is kept
     assert all(event["step"] <= 2 for event in read_metrics(place / "run"))
 
@@ -159,11 +177,11 @@ def test_a_full_disk_stops_the_run_and_keeps_the_earlier_checkpoint(place, disk,
     assert [event["step"] for event in read_metrics(disk / "run") if event["kind"] == "train"] == list(range(1, 8))
 
 
-@pytest.mark.parametrize("writer", ["save_adapter", "_save"])
+@pytest.mark.parametrize("writer", ["save_adapter", "save"])
 def test_a_disk_that_fills_while_saving(place, disk, capsys, monkeypatch, writer):
     """Full in the moment before the adapter, or the checkpoint, of the second evaluation is written."""
     path = recipe(place, train={"eval_every": 2, "epochs": 1}, output={"folder": str(disk / "run")})
-    where = mj if writer == "save_adapter" else _Session
+    where = mj if writer == "save_adapter" else Book
     save, calls = getattr(where, writer), []
 
     def fill_and_save(*args, **options):
@@ -173,7 +191,7 @@ def test_a_disk_that_fills_while_saving(place, disk, capsys, monkeypatch, writer
         save(*args, **options)
 
     monkeypatch.setattr(where, writer, fill_and_save)
-    monkeypatch.setattr("train.loop.loop.is_better", lambda name, *scores: True)
+    monkeypatch.setattr("train.loop.bookkeeping.is_better", lambda name, *scores: True)
     assert main(["run", str(path)]) == 1
     error = capsys.readouterr().err
     assert "No space left on device" in error

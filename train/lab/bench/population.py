@@ -20,8 +20,8 @@ import melora_jax as mj
 from melora_jax.training import make_members, make_population_step, member_state, population_state
 from train.assets.assets import assets_cache, fetch_minilm
 from train.lab.bench.steps import Bench
+from train.loop.cohort import as_many_as_pay
 from train.loop.losses import make_loss, measurer
-from train.loop.population_experiment import as_many_as_pay
 from train.report.tables import terminal_table
 
 

@@ -7,21 +7,16 @@ import re
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
 import melora_jax as mj
-from melora_jax.models import abstract_model
 from melora_jax.training import abstract_train_state
-from train.config.methods import penalty, rank_budget
 from train.config.run_config import RunConfig
-from train.config.tasks import glue_task
 from train.data.batching import Batch
 from train.lab.memory.devices import rows_a_device
 from train.lab.memory.liveness import bytes_of, peak_bytes
-from train.loop.losses import make_loss, measurer
-from train.loop.setup import TASKS
+from train.loop.description import describe_run
 
 _STEPS = 100_000  # of a run whose data is not read: it sets AdaLoRA's schedule, on which no size depends
 
@@ -103,53 +98,12 @@ class AbstractRun(NamedTuple):
 
 def abstract_run(config: RunConfig, rows: int, mesh: AbstractMesh | None = None) -> AbstractRun:
     """The run of a configuration, a step of it taking `rows` of the longest rows; its state as it lies on `mesh`."""
-    model = adapted_shapes(config)
-    budget = rank_budget(config, config.train.max_steps or _STEPS)
-    tx = mj.make_optimizer(model, config.optim.learning_rate, clip_norm=config.optim.clip_norm, rank_budget=budget)
-    state, frozen = abstract_train_state(model, tx, mesh)
-    loss = make_loss(measurer(config.model.task, config.instruction.chunk), penalty(config))
-    step = mj.make_train_step(model, tx, loss)
+    run = describe_run(config)
+    _, tx = run.optimizer(run.model, config.train.max_steps or _STEPS)
+    state, frozen = abstract_train_state(run.model, tx, mesh)
+    step = mj.make_train_step(run.model, tx, run.loss)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return AbstractRun(model, step, (state, frozen, _abstract_batch(config, rows), key))
-
-
-def adapted_shapes(config: RunConfig) -> Any:
-    """The adapted model, with shapes in place of arrays."""
-    glue = glue_task(config.data.name)
-    classes = len(config.data.label_names) or (glue.classes if glue else None)
-
-    def adapted(model: Any) -> Any:
-        if config.model.quantize:
-            mj.quantize(model, config.model.quantize)
-        mj.adapt(model, config.melora, rngs=nnx.Rngs(0))
-        return model
-
-    model = abstract_model(
-        config.model.name,
-        task=TASKS[config.model.task],
-        num_labels=classes,
-        dtype=config.model.dtype,
-        remat=config.model.remat,
-    )
-    return nnx.eval_shape(adapted, model)
-
-
-def _abstract_batch(config: RunConfig, rows: int) -> Batch:
-    """A batch of the longest rows, as `Rows.batch` makes them."""
-
-    def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    length = config.data.max_length
-    batch: Batch = {"input_ids": array(rows, length)}
-    if config.model.task == "causal-lm":
-        batch |= {"labels": array(rows, length), "weights": array(rows, length, dtype=jnp.float32)}
-        if config.instruction.pack:
-            batch |= {"segment_ids": array(rows, length), "position_ids": array(rows, length)}
-        return batch
-    label = jnp.float32 if config.model.task == "regression" else jnp.int32
-    batch["attention_mask"] = array(rows, length)
-    return batch | {"labels": array(rows, dtype=label), "weight": array(rows, dtype=jnp.float32)}
+    return AbstractRun(run.model, step, (state, frozen, run.batch(rows, config.data.max_length), key))
 
 
 def _bytes(tree: Any) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from train.config.run_config import RunConfig
-from train.loop.finish import finish
+from train.loop.best import finish
 from train.loop.loop import Outcome, describe_stop, run
 from train.loop.population import run_population
 from train.loop.setup import prepare
