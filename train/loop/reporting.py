@@ -54,7 +54,8 @@ def show_evaluation(
 ) -> None:
     """The metrics of a lone run, or of each member the one that ranks."""
     if cohort.at_once is None:
-        progress.evaluation(done, epoch, found[0], best[0])
+        for member, metrics in found.items():
+            progress.evaluation(done, epoch, metrics, best[member])
         return
     name = cohort.first.config.metric
     scores = [
