@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from train.commands.study import write_study
-from train.config.metrics import is_better
 from train.lab.tables.cells import is_finished, run_cells
 from train.lab.tables.results import read_results, score_after_last, write_manifest
 from train.lab.tables.table import Row, plan_table
 from train.loop.description import describe_run
 from train.loop.loop import exit_code
+from train.loop.metrics import is_better
 from train.report.tables import terminal_table
 from train.run_folder.errors import RunError
 from train.run_folder.folder import read_run

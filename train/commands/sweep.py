@@ -14,10 +14,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from train.config.metrics import is_better
 from train.lab.tables.grid import Point, parse_grid, points_of
 from train.loop.description import describe_run
 from train.loop.loop import Outcome, exit_code
+from train.loop.metrics import is_better
 from train.loop.population import group, require_population, run_population
 from train.report.comparison import write_comparison
 from train.run_folder.errors import RunError

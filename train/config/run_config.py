@@ -13,10 +13,9 @@ import tomli_w
 import tyro
 
 from train.config.methods import Method, check_adalora, resolve_method
-from train.config.metrics import metric_names
 from train.config.recipe import check_options, read_recipe
 from train.config.schema import OutputConfig, Sections
-from train.config.tasks import glue_task
+from train.config.tasks import glue_task, metric_names
 
 _LEAST_POSITIVE = math.ulp(0.0)
 _COUNT, _RATE, _SHARE = (1, math.inf), (_LEAST_POSITIVE, math.inf), (0, 1)

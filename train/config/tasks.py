@@ -1,4 +1,4 @@
-"""The GLUE tasks: where their text is, which split is held out, which metrics are customary."""
+"""The tasks: which metrics they report, and of GLUE's also where their text is and which split is held out."""
 
 from __future__ import annotations
 
@@ -34,6 +34,12 @@ GLUE = {
     "wnli": GlueTask(_PAIR),
 }
 
+_LOCAL = {
+    "classification": ("accuracy", "macro_f1", "matthews"),
+    "regression": ("pearson", "spearman", "mse"),
+    "causal-lm": ("perplexity",),
+}
+
 
 def glue_task(name: str | None) -> GlueTask | None:
     """The GLUE task that `name` ("glue/rte") stands for; `None` for any other data set.
@@ -50,3 +56,13 @@ def glue_task(name: str | None) -> GlueTask | None:
     if task is None:
         raise ValueError(f"data.name={name!r} is not a GLUE task; choose {', '.join(PREFIX + known for known in GLUE)}")
     return task
+
+
+def metric_names(data_name: str | None, task: str) -> tuple[str, ...]:
+    """The metrics an evaluation reports; the first ranks checkpoints unless the run says otherwise.
+
+    >>> metric_names("glue/cola", "classification"), metric_names(None, "regression")
+    (('matthews', 'accuracy'), ('pearson', 'spearman', 'mse'))
+    """
+    glue = glue_task(data_name)
+    return glue.metrics if glue else _LOCAL[task]

@@ -12,13 +12,13 @@ import jax
 import numpy as np
 from flax import nnx
 
-from train.config.metrics import is_better
 from train.config.run_config import to_toml
 from train.hosts.hosts import is_first, meet
 from train.loop.best import save_best
 from train.loop.checkpoint import Checkpoints, MemberNotes, Notes
 from train.loop.cohort import Cohort
 from train.loop.identity import check_folder, enter_folders
+from train.loop.metrics import is_better
 from train.loop.reporting import introduce, make_log, make_progress, show_evaluation
 from train.report.terminal import Progress, memory_in_use
 from train.run_folder.errors import RunError

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from train.config.metrics import compute_metrics
 from train.loop.cohort import Cohort
 from train.loop.losses import Measure
+from train.loop.metrics import compute_metrics
 from train.loop.setup import Experiment
 
 _AHEAD = 3  # batches dispatched before the oldest is waited for: the device never waits, and stopping is prompt

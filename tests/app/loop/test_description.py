@@ -33,18 +33,16 @@ def quantised_regression(folder: Path) -> RunConfig:
     return from_toml(recipe(folder), ["--model.task", "regression", "--model.quantize", "int8"])
 
 
-def packed_text(folder: Path, pack: str = "True") -> RunConfig:
+def packed_text(folder: Path, pack: str = "pack") -> RunConfig:
     make_decoder(folder / "model")
     make_instructions(folder / "train.jsonl", 40)
     make_instructions(folder / "held_out.jsonl", 9, first=50)
-    words = (
-        f"--model.task causal-lm --instruction.pack {pack} --adapter.targets q_proj v_proj --adapter.modules_to_save"
-    )
+    words = f"--model.task causal-lm --instruction.{pack} --adapter.targets q_proj v_proj --adapter.modules_to_save"
     return from_toml(recipe(folder), words.split())
 
 
 def text_in_rows(folder: Path) -> RunConfig:
-    return packed_text(folder, "False")
+    return packed_text(folder, "no_pack")
 
 
 @pytest.mark.parametrize("make", [classification, adalora_with_rates, quantised_regression, packed_text, text_in_rows])

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from melora_jax.core import effective_rank
-from train.config.metrics import is_better
 from train.lab.tables.cells import is_finished
 from train.lab.tables.scores import Difference, Interval, difference, interval
 from train.lab.tables.table import Row
+from train.loop.metrics import is_better
 from train.run_folder.folder import Run, read_run
 from train.run_folder.log import replace_text
 

@@ -11,19 +11,18 @@ import sklearn.metrics
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.config.metrics import (
+from train.config.tasks import GLUE, metric_names
+from train.loop.metrics import (
     accuracy,
     compute_metrics,
     f1,
     is_better,
     macro_f1,
     matthews,
-    metric_names,
     mse,
     pearson,
     spearman,
 )
-from train.config.tasks import GLUE
 
 
 def pairs(elements: st.SearchStrategy) -> st.SearchStrategy:

@@ -1,4 +1,4 @@
-"""Metrics of classification and regression in NumPy, and which of them a task reports."""
+"""Metrics of classification and regression in NumPy, and which of two values is better."""
 
 from __future__ import annotations
 
@@ -6,24 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from train.config.tasks import glue_task
-
-_LOCAL = {
-    "classification": ("accuracy", "macro_f1", "matthews"),
-    "regression": ("pearson", "spearman", "mse"),
-    "causal-lm": ("perplexity",),
-}
 _LOWER_IS_BETTER = frozenset({"mse", "loss", "perplexity"})
-
-
-def metric_names(data_name: str | None, task: str) -> tuple[str, ...]:
-    """The metrics an evaluation reports; the first ranks checkpoints unless the run says otherwise.
-
-    >>> metric_names("glue/cola", "classification"), metric_names(None, "regression")
-    (('matthews', 'accuracy'), ('pearson', 'spearman', 'mse'))
-    """
-    glue = glue_task(data_name)
-    return glue.metrics if glue else _LOCAL[task]
 
 
 def is_better(name: str, value: float, best: float | None) -> bool:
@@ -41,7 +24,7 @@ def compute_metrics(names: Sequence[str], predictions: np.ndarray, labels: np.nd
     """Each named metric of `predictions` against `labels`.
 
     Args:
-      names: from `metric_names`.
+      names: from `train.config.tasks.metric_names`.
       predictions: class numbers, int [rows], or values, float [rows].
       labels: the same for the truth.
 
