@@ -32,7 +32,7 @@ class Options:
     recipe: Annotated[str, tyro.conf.Positional]
     """The run's recipe; of its model, config.json is enough."""
     device: tuple[str, ...]
-    """What it shall run on: v5e-8, v5p-8, h100x8, cpu ...; several are compared."""
+    """What it is to run on: v5e-8, v5p-8, h100x8, cpu ...; several are compared."""
     data: int = 1
     """Devices on the mesh axis data."""
     tensor: int = 1

@@ -43,7 +43,7 @@ class Options:
     dry_run: bool = False
     """Print which runs would be trained together, and end."""
     resume: bool = False
-    """Go on with a sweep that was interrupted, given with the same words."""
+    """Continue an interrupted sweep; give the same words again."""
 
 
 def sweep(words: Sequence[str]) -> int:

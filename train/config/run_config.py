@@ -154,7 +154,7 @@ class RunConfig(Sections):
             yield "only one of mesh.data, mesh.fsdp and mesh.tensor can be -1, the rest of the devices"
         told = (hosts.coordinator, hosts.processes, hosts.process)
         if hosts.cluster == "auto" and told != (None,) * 3:
-            yield "distributed.cluster=auto finds the processes by itself; unset coordinator, processes and process"
+            yield "distributed.cluster=auto finds the processes; unset coordinator, processes and process"
         if None in told and told != (None,) * 3:
             given = f"coordinator={told[0]!r}, processes={told[1]}, process={told[2]}"
             yield f"distributed: {given}: give all three, e.g. coordinator=10.0.0.1:1234, processes=2 and process=0"

@@ -167,11 +167,11 @@ class DataConfig:
     buckets: tuple[int, ...] = (12, 16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512)
     """Widths that batches are padded to, each compiled once; those under max_length count, and max_length itself."""
     train_limit: int | None = None
-    """Train on the first so many rows only."""
+    """Train on this many rows, the first ones."""
     eval_limit: int | None = None
-    """Evaluate on the first so many rows only."""
+    """Evaluate on this many rows, the first ones."""
     held_back: int | None = None
-    """Evaluate on so many training rows, drawn at random and left out of training, instead of the held-out ones:
+    """Evaluate on this many training rows, drawn at random and left out of training, instead of the held-out ones:
     settings are to be chosen on rows that are not the reported ones."""
 
 
@@ -187,9 +187,9 @@ class InstructionConfig:
     loss: Literal["responses", "all"] = "responses"
     """The tokens that count in the loss."""
     lost: Literal["drop", "error"] = "drop"
-    """What becomes of a row whose whole response is cut off by data.max_length, where responses alone count."""
+    """What to do with a row whose whole response lies beyond data.max_length, if only responses count."""
     held_out: int | None = None
-    """Hold out so many of the training rows, drawn at random, instead of reading data.validation."""
+    """Hold out this many training rows, drawn at random, instead of reading data.validation."""
     pack: bool = True
     """Put several conversations into one row of data.max_length tokens, none seeing another; else one a row."""
     chunk: int = 1024
@@ -229,7 +229,7 @@ class TrainConfig:
     epochs: int = 3
     """Passes over the training rows."""
     max_steps: int | None = None
-    """End after so many optimizer steps, if sooner."""
+    """Stop after this many optimizer steps, if that is sooner."""
     batch_size: int = 32
     """Rows an optimizer step."""
     accumulate: int = 1
@@ -239,7 +239,7 @@ class TrainConfig:
     data_seed: int | None = None
     """Seed of the order of rows alone; by default seed."""
     eval_every: int | None = None
-    """Evaluate every so many steps; by default after each epoch."""
+    """Steps between evaluations; by default an epoch."""
     eval_at_start: bool = False
     """Evaluate before the first step too."""
     eval_batch_size: int = 64
@@ -247,27 +247,27 @@ class TrainConfig:
     metric: str | None = None
     """The metric that ranks checkpoints (or loss); by default the task's first."""
     warm_start: str | None = None
-    """The folder of an adapter, such as one trained on MNLI, whose factors these start from; heads start anew."""
+    """The folder of an adapter, such as one trained on MNLI, whose factors are the start; heads are drawn at random."""
     patience: int | None = None
-    """Stop after so many evaluations without a better metric; by default never."""
+    """Stop after this many evaluations without a better metric; by default never."""
     log_every: int = 10
-    """Log every so many steps."""
+    """Steps between log entries."""
     tensorboard: bool = False
     """Write TensorBoard events too."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How devices share the work; all 1 is one device, and -1 in one of the three is the rest of the devices."""
+    """How devices share the work. All 1 is one device; -1 in one of the three means all remaining devices."""
 
     data: int = 1
-    """Parts that a batch's rows are shared out to; each holds the whole base model."""
+    """Parts that a batch's rows are divided among; each holds the whole base model."""
     fsdp: int = 1
-    """The same, but the base model is shared out to them too, and gathered a layer at a time."""
+    """The same, but the base model is divided too, and gathered a layer at a time."""
     tensor: int = 1
-    """Parts that attention heads, inner features and mini-adapters are shared out to."""
+    """Parts that attention heads, inner features and mini-adapters are divided among."""
     whole_factors: Literal["say", "error"] = "say"
-    """What becomes of adapters that tensor does not divide, whose factors every device would hold whole."""
+    """What to do if tensor does not divide n, so that every device would hold an adapter's factors whole."""
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -282,7 +282,7 @@ class DistributedConfig:
     cluster: Literal["none", "auto"] = "none"
     """auto: SLURM, Open MPI or a TPU pod tells the processes of each other."""
     coordinator: str | None = None
-    """Where no cluster tells it, host:port of process 0."""
+    """host:port of process 0, if no cluster tells it."""
     processes: int | None = None
     """How many processes there are."""
     process: int | None = None

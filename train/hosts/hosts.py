@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from train.config.schema import DistributedConfig
 from train.hosts.shares import Share
 
-# A host that is silent for so long is taken for dead, and ends the others.
+# A host that is silent this long counts as dead, and ends the others.
 _SILENCE_SECONDS = 25
 _JOINING_SECONDS = 300
 
@@ -86,7 +86,7 @@ def _exchange(text: str) -> list[str]:
 
 
 def whole_on_host(tree: Any) -> Any:
-    """The arrays of a tree as NumPy, also those of which other processes hold parts; every process must call it."""
+    """The arrays of a tree as NumPy, also arrays that lie on several processes; every process must call it."""
     if jax.process_count() == 1:
         return jax.tree.map(np.array, tree)
     return jax.tree.map(np.asarray, multihost_utils.process_allgather(tree, tiled=True))

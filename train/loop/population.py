@@ -49,8 +49,8 @@ def run_population(
       configs: of the runs, which may differ in `VARYING`. All see one order of rows where their
         `data_seed` is the same; else each sees its own, which takes batches of one width.
       folder: where the population's own files go: checkpoints, and its end.
-      resume_command: the words of the command that goes on with it, for messages and reports.
-      resume: go on where an earlier call was: from its newest checkpoint, or from the start where there is none. A
+      resume_command: the words of the command that continues it, for messages and reports.
+      resume: continue an earlier call from its newest checkpoint, or from the start if there is none. A
         population that has come to its end is not trained again.
       at_once: members whose activations are in memory at a time; by default all, and on CPU as many as pay.
 

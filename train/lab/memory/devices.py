@@ -51,7 +51,7 @@ def rows_a_device(batch_size: int, accumulate: int, mesh: AbstractMesh) -> int:
     """Rows that one device holds at once.
 
     Raises:
-      ValueError: they do not come out even.
+      ValueError: the devices do not divide the rows evenly.
     """
     data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
     parts = accumulate * data * fsdp
