@@ -37,7 +37,7 @@ def packed_text(folder: Path, pack: str = "pack") -> RunConfig:
     make_decoder(folder / "model")
     make_instructions(folder / "train.jsonl", 40)
     make_instructions(folder / "held_out.jsonl", 9, first=50)
-    words = f"--model.task causal-lm --instruction.{pack} --adapter.targets q_proj v_proj --adapter.modules_to_save"
+    words = f"--model.task causal-lm --instruction.{pack} --adapter.targets q_proj --adapter.modules_to_save"
     return from_toml(recipe(folder), words.split())
 
 

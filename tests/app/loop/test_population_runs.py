@@ -129,7 +129,7 @@ def test_a_population_that_has_ended_is_not_trained_again(whole, material, monke
 
 def interrupted(material: Path, folder: Path, monkeypatch, step: int, how) -> list[RunConfig]:
     """A population on which `how` falls when it reports `step`."""
-    report = train.loop.bookkeeping.Book._report
+    report = train.loop.bookkeeping.Book.report
 
     def with_a_blow(self, done: int) -> None:
         report(self, done)
@@ -137,7 +137,7 @@ def interrupted(material: Path, folder: Path, monkeypatch, step: int, how) -> li
             how()
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.loop.bookkeeping.Book, "_report", with_a_blow)
+        patch.setattr(train.loop.bookkeeping.Book, "report", with_a_blow)
         configs = members_of(material, folder)
         try:
             outcomes = run_population(configs, folder / "population", COMMAND)
