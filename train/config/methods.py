@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import melora_jax as mj
-from melora_jax.adapters import orthogonality
+from melora_jax.adapters import kind_of, orthogonality
 from melora_jax.training import RankBudget
 from train.config.schema import AdaLoRAConfig, AdapterConfig, MethodName, OptimConfig, Sections
 
@@ -68,11 +68,11 @@ class Method:
     def varying_alpha(self) -> bool:
         """Whether runs trained in one step may differ in alpha, which then is one factor on all of a member's B.
 
-        An alpha by path or by mini has no such factor, and neither have PiSSA's start nor AdaLoRA's penalty, which see
-        the alpha themselves.
+        An alpha by path or by mini has no such factor, nor has a kind of adapter to which alpha is more than a factor
+        of the update.
         """
         one_factor = not self.settings.alpha_pattern and not isinstance(self.settings.alpha, tuple)
-        return one_factor and self.allocation is None and self.settings.init != "pissa"
+        return one_factor and kind_of(self.settings).alpha_varies
 
 
 @dataclasses.dataclass(frozen=True)
