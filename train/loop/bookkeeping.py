@@ -78,10 +78,14 @@ class Book:
     notes: Notes
     command: str
     window: list[tuple[dict[str, jax.Array], list[np.ndarray]]] = dataclasses.field(default_factory=list)
-    window_start: float = dataclasses.field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        self.began = time.monotonic() - self.notes.seconds
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        """To be called when the steps are compiled: from here on, time is the run's."""
+        self.window_start = time.monotonic()
+        self.began = self.window_start - self.notes.seconds
 
     def live(self) -> list[int]:
         """The members that have neither diverged nor waited out their patience."""

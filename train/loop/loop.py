@@ -39,6 +39,7 @@ def train(cohort: Cohort, resume: bool) -> list[Outcome]:
     with open_book(cohort, resume) as book, make_interrupt() as interrupt:
         loop = _Loop(cohort, cohort.compile(), book, interrupt)
         keep_freed_memory()
+        book.start_clock()
         try:
             return loop.train()
         except OSError as error:
