@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
+from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, NullLocator
 
 from train.lab.tables.results import Result
 from train.lab.tables.studies import STUDIES, Curve, Study, curves
-from train.report.figures import INK, look, new_figure, png_from_figure
+from train.report.figures import INK, look, new_figure, png_from_figure, short_number
 from train.run_folder.log import replace_bytes
 
 _PANEL = (340, 280)  # pixels
@@ -80,6 +80,7 @@ def _pareto(axes: Axes, task: str, rows: Sequence[Result]) -> None:
         _points(axes, [row.parameters], [row], number, row.word)
     least = min((row.parameters for row in own if row.parameters), default=1)
     axes.set_xscale("symlog", linthresh=least)
+    axes.xaxis.set_major_formatter(FuncFormatter(short_number))
     axes.set_xlabel("adapter parameters")
     _finish(axes, own)
 
