@@ -7,9 +7,12 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import ArrayLike
 
+from melora_jax.models.inputs import dropout_on
 from melora_jax.nn.sharding import Layout
 
 TASKS = ("sequence-classification", "regression", "encoder", "causal-lm")
@@ -118,6 +121,39 @@ class HuggingFaceModel(nnx.Module):
     folder: str
     load_report: LoadReport
     layout: Layout
+
+
+class SequenceClassifier(HuggingFaceModel):
+    """A model with a head over labels."""
+
+    def __call__(
+        self,
+        input_ids: ArrayLike,
+        attention_mask: ArrayLike | None = None,
+        token_type_ids: ArrayLike | None = None,
+        *,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """The logits, `[b, labels]`.
+
+        Args:
+          input_ids: whole numbers `[b, t]`.
+          attention_mask: `[b, t]`, 0 at padding, which for a decoder may be left or right; None without padding.
+          token_type_ids: whole numbers `[b, t]`, or None; only BERT and RoBERTa have token types.
+          key: PRNG key that turns dropout on; None leaves an outer `dropout_key` in force.
+
+        Raises:
+          ValueError: token types are given to a model without them, the sequence is too long, shapes differ, or a known
+            id is outside its table.
+        """
+        with dropout_on(key):
+            return self.classify(input_ids, attention_mask, token_type_ids)
+
+    def classify(
+        self, input_ids: ArrayLike, attention_mask: ArrayLike | None, token_type_ids: ArrayLike | None
+    ) -> jax.Array:
+        """The logits, with the dropout key in force."""
+        raise NotImplementedError
 
 
 def label_names_of(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
-from melora_jax.models.base import HuggingFaceModel
+from melora_jax.models.base import HuggingFaceModel, SequenceClassifier
 from melora_jax.models.decoders.kv_cache import KVCache
 from melora_jax.models.decoders.layers import DecoderParts
 from melora_jax.models.decoders.model import DecoderModel
@@ -94,8 +94,8 @@ class CausalLM(HuggingFaceModel):
         return self.logits(hidden), cache
 
 
-class DecoderForSequenceClassification(HuggingFaceModel):
-    """A decoder with one dense layer, without bias, on the last token that is not padding.
+class DecoderForSequenceClassification(SequenceClassifier):
+    """A decoder with one dense layer, without bias, on the last token that is not padding; its logits are float32.
 
     transformers finds that token by `pad_token_id` in config.json instead of by the mask: a checkpoint without one
     needs one before transformers can run a batch.
@@ -109,28 +109,12 @@ class DecoderForSequenceClassification(HuggingFaceModel):
         self.model = DecoderModel(parts, prefix="model/")
         self.score = parts.linear(parts.config.hidden_size, num_labels, bias=False, output_dtype=jnp.dtype(jnp.float32))
 
-    def __call__(
-        self,
-        input_ids: ArrayLike,
-        attention_mask: ArrayLike | None = None,
-        token_type_ids: ArrayLike | None = None,
-        *,
-        key: jax.Array | None = None,
+    def classify(
+        self, input_ids: ArrayLike, attention_mask: ArrayLike | None, token_type_ids: ArrayLike | None
     ) -> jax.Array:
-        """The logits, float32 `[b, labels]`.
-
-        Args:
-          input_ids: whole numbers `[b, t]`.
-          attention_mask: `[b, t]`, 0 at padding, left or right; None takes the last token of each row.
-          token_type_ids: must be None; decoders have no token types.
-          key: PRNG key that turns dropout on; None leaves an outer `dropout_key` in force.
-
-        Raises:
-          ValueError: token types are given, shapes differ, or a known id is outside the vocabulary.
-        """
         if token_type_ids is not None:
             raise ValueError("decoders have no token types and would ignore them; leave token_type_ids out")
-        hidden = self.model(input_ids, attention_mask, key=key)
+        hidden = self.model(input_ids, attention_mask)
         if attention_mask is None:
             return self.score(hidden[:, -1])
         seen = checked_mask(attention_mask, hidden.shape[:2]) != 0

@@ -12,10 +12,8 @@ from jax.typing import ArrayLike
 
 from melora_jax.core.dropout import dropout
 from melora_jax.models.activations import ACTIVATIONS
-from melora_jax.models.base import HuggingFaceModel
-from melora_jax.models.encoders.config import Parts, checked_ids, checked_types
-from melora_jax.models.inputs import checked_mask, dropout_on
-from melora_jax.nn.attention import attention, padding_bias
+from melora_jax.models.encoders.config import EncoderBody, Parts, checked_types
+from melora_jax.nn.attention import attention
 from melora_jax.nn.scan_layers import Layers
 from melora_jax.nn.sharding import constrain
 
@@ -135,45 +133,18 @@ class BertPooler(nnx.Module):
         return jnp.tanh(self.dense(hidden[:, 0]))
 
 
-class BertBody(HuggingFaceModel):
-    """Embeddings and layers of BERT or RoBERTa, without a pooler.
-
-    Args:
-      parts: makes the layers.
-      prefix: what its variables' paths begin with inside a model with a head, such as "bert/"; "" on its own.
-    """
+class BertBody(EncoderBody):
+    """Embeddings and layers of BERT or RoBERTa, without a pooler."""
 
     def __init__(self, parts: Parts, *, prefix: str = "") -> None:
-        self.sizes = parts.config
-        self.prefix = prefix
+        super().__init__(parts, prefix=prefix)
         self.embeddings = BertEmbeddings(parts)
         self.encoder = BertEncoder(parts)
 
-    def __call__(
-        self,
-        input_ids: ArrayLike,
-        attention_mask: ArrayLike | None = None,
-        token_type_ids: ArrayLike | None = None,
-        *,
-        key: jax.Array | None = None,
-    ) -> jax.Array:
-        """The last hidden states, `[b, t, d]`.
-
-        Args:
-          input_ids: whole numbers `[b, t]`.
-          attention_mask: `[b, t]`, 0 at padding; None without padding.
-          token_type_ids: whole numbers `[b, t]`; None for zeros.
-          key: PRNG key that turns dropout on; None leaves an outer `dropout_key` in force.
-
-        Raises:
-          ValueError: the sequence is too long, shapes differ, or a known id is outside its table.
-        """
-        ids = checked_ids(input_ids, self.sizes, f"{self.prefix}embeddings/position_embeddings")
+    def encode(self, ids: jax.Array, token_type_ids: ArrayLike | None, bias: jax.Array | None) -> jax.Array:
         types = None if token_type_ids is None else checked_types(token_type_ids, self.sizes, ids.shape)
-        bias = None if attention_mask is None else padding_bias(checked_mask(attention_mask, ids.shape))
-        with dropout_on(key):
-            x = self.embeddings(ids, types, f"{self.prefix}embeddings")
-            return self.encoder(x, bias, f"{self.prefix}encoder")
+        x = self.embeddings(ids, types, f"{self.prefix}embeddings")
+        return self.encoder(x, bias, f"{self.prefix}encoder")
 
 
 class BertModel(BertBody):

@@ -1,4 +1,4 @@
-"""Encoders from a Hugging Face configuration: its hyperparameters, the modules' common parts, the input checks."""
+"""What all encoders share: hyperparameters from a Hugging Face configuration, the parts of modules, the call."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from melora_jax.models.activations import ACTIVATIONS
+from melora_jax.models.base import HuggingFaceModel
 from melora_jax.models.hub.families import family_of
-from melora_jax.models.inputs import matrix_of_whole_numbers, require_below, require_shape
+from melora_jax.models.inputs import checked_mask, dropout_on, matrix_of_whole_numbers, require_below, require_shape
+from melora_jax.nn.attention import padding_bias
 from melora_jax.nn.parallel import ParallelLinear, Table
 
 _BERT_KEYS = {
@@ -179,6 +181,48 @@ class Parts:
             param_dtype=self.dtype,
             rngs=self.rngs,
         )
+
+
+class EncoderBody(HuggingFaceModel):
+    """An encoder without a head: token ids to the last hidden states.
+
+    Args:
+      parts: makes the layers.
+      prefix: the beginning of its variables' paths inside a model with a head, such as "bert/"; "" on its own.
+    """
+
+    def __init__(self, parts: Parts, *, prefix: str = "") -> None:
+        self.sizes = parts.config
+        self.prefix = prefix
+
+    def __call__(
+        self,
+        input_ids: ArrayLike,
+        attention_mask: ArrayLike | None = None,
+        token_type_ids: ArrayLike | None = None,
+        *,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """The last hidden states, `[b, t, d]`.
+
+        Args:
+          input_ids: whole numbers `[b, t]`.
+          attention_mask: `[b, t]`, 0 at padding; None without padding.
+          token_type_ids: whole numbers `[b, t]`; None for zeros. DistilBERT has no token types, and takes only None.
+          key: PRNG key that turns dropout on; None leaves an outer `dropout_key` in force.
+
+        Raises:
+          ValueError: DistilBERT is given token types, the sequence is too long, shapes differ, or a known id is outside
+            its table.
+        """
+        ids = checked_ids(input_ids, self.sizes, f"{self.prefix}embeddings/position_embeddings")
+        bias = None if attention_mask is None else padding_bias(checked_mask(attention_mask, ids.shape))
+        with dropout_on(key):
+            return self.encode(ids, token_type_ids, bias)
+
+    def encode(self, ids: jax.Array, token_type_ids: ArrayLike | None, bias: jax.Array | None) -> jax.Array:
+        """The last hidden states of checked ids, with the dropout key in force."""
+        raise NotImplementedError
 
 
 def checked_ids(ids: ArrayLike, config: EncoderConfig, where: str) -> jax.Array:

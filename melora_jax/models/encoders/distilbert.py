@@ -8,11 +8,9 @@ from jax.typing import ArrayLike
 
 from melora_jax.core.dropout import dropout
 from melora_jax.models.activations import ACTIVATIONS
-from melora_jax.models.base import HuggingFaceModel
 from melora_jax.models.encoders.bert import positions
-from melora_jax.models.encoders.config import Parts, checked_ids
-from melora_jax.models.inputs import checked_mask, dropout_on
-from melora_jax.nn.attention import attention, padding_bias
+from melora_jax.models.encoders.config import EncoderBody, Parts
+from melora_jax.nn.attention import attention
 from melora_jax.nn.scan_layers import Layers
 from melora_jax.nn.sharding import constrain
 
@@ -85,44 +83,16 @@ class DistilBertTransformer(nnx.Module):
         return self.layer.run(x, lambda layer, x, number, path, _: (layer(x, bias, path), None), f"{path}/layer")[0]
 
 
-class DistilBertModel(HuggingFaceModel):
-    """DistilBERT without a head.
-
-    Args:
-      parts: makes the layers.
-      prefix: what its variables' paths begin with inside a model with a head, "distilbert/"; "" on its own.
-    """
+class DistilBertModel(EncoderBody):
+    """DistilBERT without a head."""
 
     def __init__(self, parts: Parts, *, prefix: str = "") -> None:
-        self.sizes = parts.config
-        self.prefix = prefix
+        super().__init__(parts, prefix=prefix)
         self.embeddings = DistilBertEmbeddings(parts)
         self.transformer = DistilBertTransformer(parts)
 
-    def __call__(
-        self,
-        input_ids: ArrayLike,
-        attention_mask: ArrayLike | None = None,
-        token_type_ids: ArrayLike | None = None,
-        *,
-        key: jax.Array | None = None,
-    ) -> jax.Array:
-        """The last hidden states, `[b, t, d]`.
-
-        Args:
-          input_ids: whole numbers `[b, t]`.
-          attention_mask: `[b, t]`, 0 at padding; None without padding.
-          token_type_ids: must be None; DistilBERT has no token types.
-          key: PRNG key that turns dropout on; None leaves an outer `dropout_key` in force.
-
-        Raises:
-          ValueError: token types are given, the sequence is too long, shapes differ, or a known id is outside the
-            vocabulary.
-        """
+    def encode(self, ids: jax.Array, token_type_ids: ArrayLike | None, bias: jax.Array | None) -> jax.Array:
         if token_type_ids is not None:
             raise ValueError("DistilBERT has no token types and would ignore them; leave token_type_ids out")
-        ids = checked_ids(input_ids, self.sizes, f"{self.prefix}embeddings/position_embeddings")
-        bias = None if attention_mask is None else padding_bias(checked_mask(attention_mask, ids.shape))
-        with dropout_on(key):
-            x = self.embeddings(ids, f"{self.prefix}embeddings")
-            return self.transformer(x, bias, f"{self.prefix}transformer")
+        x = self.embeddings(ids, f"{self.prefix}embeddings")
+        return self.transformer(x, bias, f"{self.prefix}transformer")

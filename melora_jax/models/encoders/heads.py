@@ -8,14 +8,13 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from melora_jax.core.dropout import dropout
-from melora_jax.models.base import HuggingFaceModel
+from melora_jax.models.base import SequenceClassifier
 from melora_jax.models.encoders.bert import BertBody, BertModel
 from melora_jax.models.encoders.config import Parts
 from melora_jax.models.encoders.distilbert import DistilBertModel
-from melora_jax.models.inputs import dropout_on
 
 
-class BertForSequenceClassification(HuggingFaceModel):
+class BertForSequenceClassification(SequenceClassifier):
     """BERT with a dense layer on the pooled first token."""
 
     def __init__(self, parts: Parts, num_labels: int) -> None:
@@ -23,18 +22,11 @@ class BertForSequenceClassification(HuggingFaceModel):
         self.bert = BertModel(parts, prefix="bert/")
         self.classifier = parts.linear(parts.config.hidden_size, num_labels)
 
-    def __call__(
-        self,
-        input_ids: ArrayLike,
-        attention_mask: ArrayLike | None = None,
-        token_type_ids: ArrayLike | None = None,
-        *,
-        key: jax.Array | None = None,
+    def classify(
+        self, input_ids: ArrayLike, attention_mask: ArrayLike | None, token_type_ids: ArrayLike | None
     ) -> jax.Array:
-        """The logits, `[b, labels]`. Arguments and errors are those of `BertModel`."""
-        with dropout_on(key):
-            hidden = self.bert(input_ids, attention_mask, token_type_ids)
-            return self.classifier(dropout(self.bert.pooler(hidden), self.head_dropout, "classifier"))
+        hidden = self.bert(input_ids, attention_mask, token_type_ids)
+        return self.classifier(dropout(self.bert.pooler(hidden), self.head_dropout, "classifier"))
 
 
 class RobertaClassificationHead(nnx.Module):
@@ -51,27 +43,20 @@ class RobertaClassificationHead(nnx.Module):
         return self.out_proj(x)
 
 
-class RobertaForSequenceClassification(HuggingFaceModel):
+class RobertaForSequenceClassification(SequenceClassifier):
     """RoBERTa or XLM-R with its classification head."""
 
     def __init__(self, parts: Parts, num_labels: int) -> None:
         self.roberta = BertBody(parts, prefix="roberta/")
         self.classifier = RobertaClassificationHead(parts, num_labels)
 
-    def __call__(
-        self,
-        input_ids: ArrayLike,
-        attention_mask: ArrayLike | None = None,
-        token_type_ids: ArrayLike | None = None,
-        *,
-        key: jax.Array | None = None,
+    def classify(
+        self, input_ids: ArrayLike, attention_mask: ArrayLike | None, token_type_ids: ArrayLike | None
     ) -> jax.Array:
-        """The logits, `[b, labels]`. Arguments and errors are those of `BertModel`."""
-        with dropout_on(key):
-            return self.classifier(self.roberta(input_ids, attention_mask, token_type_ids))
+        return self.classifier(self.roberta(input_ids, attention_mask, token_type_ids))
 
 
-class DistilBertForSequenceClassification(HuggingFaceModel):
+class DistilBertForSequenceClassification(SequenceClassifier):
     """DistilBERT with two dense layers, relu between them, on the first token."""
 
     def __init__(self, parts: Parts, num_labels: int) -> None:
@@ -80,16 +65,9 @@ class DistilBertForSequenceClassification(HuggingFaceModel):
         self.pre_classifier = parts.linear(parts.config.hidden_size, parts.config.hidden_size)
         self.classifier = parts.linear(parts.config.hidden_size, num_labels)
 
-    def __call__(
-        self,
-        input_ids: ArrayLike,
-        attention_mask: ArrayLike | None = None,
-        token_type_ids: ArrayLike | None = None,
-        *,
-        key: jax.Array | None = None,
+    def classify(
+        self, input_ids: ArrayLike, attention_mask: ArrayLike | None, token_type_ids: ArrayLike | None
     ) -> jax.Array:
-        """The logits, `[b, labels]`. Arguments and errors are those of `DistilBertModel`."""
-        with dropout_on(key):
-            hidden = self.distilbert(input_ids, attention_mask, token_type_ids)
-            x = jax.nn.relu(self.pre_classifier(hidden[:, 0]))
-            return self.classifier(dropout(x, self.head_dropout, "classifier"))
+        hidden = self.distilbert(input_ids, attention_mask, token_type_ids)
+        x = jax.nn.relu(self.pre_classifier(hidden[:, 0]))
+        return self.classifier(dropout(x, self.head_dropout, "classifier"))
