@@ -14,7 +14,7 @@ from melora_jax.checkpoints.approximation import Approximation
 from melora_jax.checkpoints.arithmetic import compress_deltas
 from melora_jax.config import is_suffix
 from melora_jax.models import Checkpoint, open_checkpoint
-from melora_jax.models.hub.families import Family
+from melora_jax.models.families import Family
 from melora_jax.models.hub.names import flax_from_torch
 
 

@@ -20,8 +20,8 @@ from melora_jax.models.encoders.heads import (
     DistilBertForSequenceClassification,
     RobertaForSequenceClassification,
 )
+from melora_jax.models.families import Family
 from melora_jax.models.hub.checkpoint import Checkpoint, ModelSource, open_checkpoint
-from melora_jax.models.hub.families import Family
 from melora_jax.models.hub.placement import lay_out
 from melora_jax.nn.sharding import Layout
 

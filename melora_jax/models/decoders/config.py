@@ -8,7 +8,7 @@ from typing import Any
 
 from melora_jax.models.activations import ACTIVATIONS
 from melora_jax.models.decoders.rope import Rope, rope_from
-from melora_jax.models.hub.families import family_of
+from melora_jax.models.families import family_of
 from melora_jax.validation import flag, number, positive, whole
 
 # (key, the values that we implement); a key that is absent is harmless

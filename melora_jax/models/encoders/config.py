@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from melora_jax.models.activations import ACTIVATIONS
 from melora_jax.models.base import HuggingFaceModel
-from melora_jax.models.hub.families import family_of
+from melora_jax.models.families import family_of
 from melora_jax.models.inputs import checked_mask, dropout_on, matrix_of_whole_numbers, require_below, require_shape
 from melora_jax.nn.attention import padding_bias
 from melora_jax.nn.parallel import ParallelLinear, Table

@@ -1,1 +1,1 @@
-"""Hugging Face checkpoints: families, names, opening, loading onto a mesh and saving; imports the models and `gguf`."""
+"""Hugging Face checkpoints: names, opening, loading onto a mesh and saving; imports the models and `gguf`."""

@@ -16,8 +16,8 @@ from melora_jax.files.safetensors_io import TensorFile, read_json
 from melora_jax.models.base import HuggingFaceModel
 from melora_jax.models.decoders.config import DecoderConfig, decoder_config
 from melora_jax.models.encoders.config import EncoderConfig, encoder_config
+from melora_jax.models.families import Family, family_of
 from melora_jax.models.gguf.tensors import GGUFTensors
-from melora_jax.models.hub.families import Family, family_of
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -19,8 +19,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from melora_jax.models.auto import Model, ModelOptions, build_model
 from melora_jax.models.base import LoadReport
+from melora_jax.models.families import Family
 from melora_jax.models.hub.checkpoint import Checkpoint, ModelSource, open_checkpoint
-from melora_jax.models.hub.families import Family
 from melora_jax.models.hub.names import flax_part, listed, torch_name, torch_shape
 from melora_jax.models.hub.placement import shardings_of
 from melora_jax.nn.tree import variables_of

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from melora_jax.models.hub.families import FAMILIES
+from melora_jax.models.families import FAMILIES
 from melora_jax.models.hub.names import flax_from_torch, torch_from_flax, torch_name, torch_shape
 
 module = st.sampled_from(["bert", "layer", "3", "attention", "self", "query", "LayerNorm", "out_proj"])
