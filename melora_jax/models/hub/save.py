@@ -14,14 +14,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from flax import nnx
 
 from melora_jax.files.atomic import atomic_folder
 from melora_jax.files.safetensors_io import write_tensors
 from melora_jax.models.auto import Model, abstract_model
-from melora_jax.models.base import HuggingFaceModel, with_dtype
+from melora_jax.models.base import MODEL_DTYPES, HuggingFaceModel, with_dtype
 from melora_jax.models.gguf.tokenizer import tokenizer_from_gguf
 from melora_jax.models.hub.checkpoint import (
     GENERATION_CONFIG,
@@ -40,10 +39,7 @@ from melora_jax.nn.tree import variables_of
 
 _log = logging.getLogger("melora_jax")
 
-SAVED_DTYPES: dict[str, np.dtype] = {
-    name: np.dtype(dtype)
-    for name, dtype in (("float32", np.float32), ("bfloat16", ml_dtypes.bfloat16), ("float16", np.float16))
-}
+SAVED_DTYPES = MODEL_DTYPES | {"float16": jnp.dtype("float16")}
 
 
 def save_pretrained(
