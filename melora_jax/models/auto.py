@@ -60,6 +60,12 @@ class ModelOptions(TypedDict, total=False):
       dtype: "float32" (the default) or "bfloat16", of parameters and computation alike.
       remat: what a decoder's backward pass computes again to save memory: "none" (the default), "dots" (all but the
         products with kernels) or "full" (every layer from its input).
+
+    >>> options: ModelOptions = {"task": "encoder", "dtype": "bfloat16"}
+    >>> sizes = dict(vocab_size=11, hidden_size=6, num_hidden_layers=1, num_attention_heads=2, intermediate_size=7,
+    ...              max_position_embeddings=13)
+    >>> model_from_config({"model_type": "bert", **sizes}, **options).dtype
+    'bfloat16'
     """
 
     task: str

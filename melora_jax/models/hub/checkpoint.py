@@ -142,12 +142,13 @@ class Checkpoint:
 
     @property
     def generation_config(self) -> Path | None:
-        """The file of the settings for generating; None where there is none."""
+        """The file of the settings for generating; None if there is none."""
         file = None if self.source is None else self.source / GENERATION_CONFIG
         return file if file is not None and file.is_file() else None
 
 
 ModelSource: TypeAlias = str | Path | Checkpoint
+"""What names a model: a folder, a GGUF file, a hub id, or an open checkpoint."""
 
 
 def open_checkpoint(source: ModelSource, *, weights: bool = True) -> Checkpoint:
@@ -161,6 +162,15 @@ def open_checkpoint(source: ModelSource, *, weights: bool = True) -> Checkpoint:
     Raises:
       FileNotFoundError: there is no such folder or no config.json, and the hub cannot be reached or does not have it.
       ValueError: config.json does not hold a JSON object, or the GGUF file is damaged or of an unsupported model.
+
+    >>> import json, tempfile
+    >>> sizes = dict(vocab_size=11, hidden_size=6, num_hidden_layers=1, num_attention_heads=2, intermediate_size=7,
+    ...              max_position_embeddings=13)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "config.json").write_text(json.dumps({"model_type": "llama", **sizes}))
+    ...     checkpoint = open_checkpoint(folder)
+    >>> checkpoint.family.architecture_of("causal-lm"), checkpoint.sizes.hidden_size
+    ('LlamaForCausalLM', 6)
     """
     if isinstance(source, Checkpoint):
         return source

@@ -154,7 +154,7 @@ class ShardLayout:
 
     @property
     def dtype(self) -> str:
-        """The commonest dtype, for config.json."""
+        """The most common dtype, for config.json."""
         return Counter(dtype.name for shard in self.shards.values() for dtype in shard.values()).most_common(1)[0][0]
 
 
@@ -189,8 +189,7 @@ def _held(origin: Checkpoint, task: str, dtypes: Mapping[str, np.dtype]) -> dict
         return {}
     paths = {torch_name(path): path for path in dtypes}
     names = {key: origin.family.canonical(key, task) for key in origin.files}
-    keys = {paths[name]: key for key, name in names.items() if name in paths}
-    stored = {path: origin.files[key] for path, key in keys.items()}
+    stored = {paths[name]: origin.files[key] for key, name in names.items() if name in paths}
     return {path: (tensor.file.name, tensor.dtype) for path, tensor in stored.items()}
 
 
