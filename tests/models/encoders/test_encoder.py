@@ -148,10 +148,9 @@ def test_bfloat16_takes_the_statistics_of_norms_in_float32():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dropout_sites_and_rates_are_those_of_hugging_face(monkeypatch, family):
     sites = []
-    for module in ("bert", "distilbert", "heads", "attention"):
-        monkeypatch.setattr(
-            f"melora_jax.models.{module}.dropout", lambda x, rate, path: sites.append((path, rate)) or x
-        )
+    encoders = "melora_jax.models.encoders"
+    for module in (f"{encoders}.bert", f"{encoders}.distilbert", f"{encoders}.heads", "melora_jax.nn.attention"):
+        monkeypatch.setattr(f"{module}.dropout", lambda x, rate, path: sites.append((path, rate)) or x)
     random_model(family, num_labels=5)(*batch(family).values())
     if family == "distilbert":
         inner = [("attention", 0.13), ("ffn", 0.11)]
