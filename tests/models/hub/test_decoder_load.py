@@ -139,7 +139,7 @@ QUERY = "model.layers.1.self_attn.q_proj.weight"
 BROKEN = {
     f"lacks {QUERY}; check model_type": ("llama", {QUERY: None}),
     r"lacks model.layers.0.self_attn.q_norm.weight; check": ("qwen3", {"model.layers.0.self_attn.q_norm.weight": None}),
-    rf"lacks {HEAD}; where its embedding is its head too, set tie_word_embeddings to true in its": (
+    rf"lacks {HEAD}; if its embedding is its head too, set tie_word_embeddings to true in its": (
         "llama",
         {HEAD: None},
     ),
