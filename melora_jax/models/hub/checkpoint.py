@@ -164,7 +164,7 @@ def open_checkpoint(source: ModelSource, *, weights: bool = True) -> Checkpoint:
       ValueError: config.json does not hold a JSON object, or the GGUF file is damaged or of an unsupported model.
 
     >>> import json, tempfile
-    >>> sizes = dict(vocab_size=11, hidden_size=6, num_hidden_layers=1, num_attention_heads=2, intermediate_size=7,
+    >>> sizes = dict(vocab_size=11, hidden_size=6, num_hidden_layers=1, num_attention_heads=3, intermediate_size=7,
     ...              max_position_embeddings=13)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     _ = Path(folder, "config.json").write_text(json.dumps({"model_type": "llama", **sizes}))
