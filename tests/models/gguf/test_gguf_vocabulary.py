@@ -27,7 +27,7 @@ from tests.support.gguf_vocabularies import byte_level, sentencepiece, write_tok
         ({"merges": ["a b", "Ž Ž"]}, "tokenizer.ggml.merges in .*: 'a b' does not join two tokens"),
         ({"merges": ["ab"]}, "tokenizer.ggml.merges in .*: 'ab' does not join two tokens"),
         ({"bos_token_id": 9999}, r"tokenizer.ggml.bos_token_id=9999 in .* is not one of its \d+ tokens"),
-        ({"bos_token_id": None, "add_bos_token": True}, "adds a bos_token and has none"),
+        ({"bos_token_id": None, "add_bos_token": True}, "adds a bos_token but has none"),
     ],
 )
 def test_other_or_contradictory_tokenizers_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def test_impossible_tokens_are_refused(token: str, tmp_path: Path) -> None:
 
 def test_a_template_that_is_no_text_is_refused(tmp_path: Path) -> None:
     path = write_tokenizer(tmp_path / "v.gguf", byte_level("smollm")[1], tokenizer__chat_template=7)
-    with pytest.raises(ValueError, match=r"tokenizer\.chat_template in .* is no text"):
+    with pytest.raises(ValueError, match=r"tokenizer\.chat_template in .* is not text"):
         tokenizer_from_gguf(path)
 
 
