@@ -41,7 +41,7 @@ class StartParam(FrozenParam):
 class BaseParam(nnx.Param):
     """A parameter of the base that is trained, in float32: a bias, or in full fine-tuning any.
 
-    `merge` and `unwrap` give back the type and the dtype that it had.
+    `merge` and `unwrap` restore its type and dtype.
 
     >>> from melora_jax.adapters import adapt
     >>> from melora_jax.config import MELoRAConfig
@@ -53,20 +53,20 @@ class BaseParam(nnx.Param):
 
 
 def freeze(variable: nnx.Variable) -> nnx.Variable:
-    """The same value and metadata as a `FrozenParam`, which remembers the type it had."""
+    """The same value and metadata as a `FrozenParam`, which remembers its type."""
     metadata = variable.get_metadata() | {"thawed": type(variable)}
     return FrozenParam.from_metadata(variable.get_raw_value(), metadata)
 
 
 def trained(variable: nnx.Variable) -> nnx.Variable:
-    """The same value as a `BaseParam` in float32, which remembers the type and dtype that it had."""
+    """The same value as a `BaseParam` in float32, which remembers its type and dtype."""
     value = variable.get_raw_value()
     metadata = variable.get_metadata() | {"thawed": type(variable), "thawed_dtype": value.dtype}
     return BaseParam.from_metadata(in_float32(value), metadata)
 
 
 def thaw(variable: FrozenParam | BaseParam) -> nnx.Variable:
-    """The inverse of `freeze`, and of `trained`, whose value is rounded to the dtype that it had."""
+    """The inverse of `freeze`, and of `trained`, whose value is rounded to its original dtype."""
     value, metadata = variable.get_raw_value(), variable.get_metadata()
     kind, dtype = metadata.pop("thawed"), metadata.pop("thawed_dtype", value.dtype)
     return kind.from_metadata(value if dtype == value.dtype else value.astype(dtype), metadata)
