@@ -1,4 +1,4 @@
-"""Bytes on disk: safetensors, atomic writes and pickled tensors read without running anything.
+"""Bytes on disk: safetensors, JSON, atomic writes, and pickled tensors read without running anything.
 
 Imports nothing of ours.
 """

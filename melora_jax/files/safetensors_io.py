@@ -10,29 +10,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from melora_jax.files.atomic import flush, sibling
-
-# importing ml_dtypes also registers bfloat16 with NumPy, without which safetensors cannot read it
-_DTYPES: dict[str, type] = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "I64": np.int64,
-    "I32": np.int32,
-    "I16": np.int16,
-    "I8": np.int8,
-    "U64": np.uint64,
-    "U32": np.uint32,
-    "U16": np.uint16,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
-}
+from melora_jax.files.dtypes import SAFETENSORS_DTYPES
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -148,9 +131,9 @@ class TensorFile:
     def dtype(self, key: str) -> np.dtype:
         """The dtype of tensor `key`, from the header alone."""
         stored = self._slice(key).get_dtype()
-        if stored not in _DTYPES:
+        if stored not in SAFETENSORS_DTYPES:
             raise ValueError(f"tensor {key} in {self.path} is stored as {stored}; convert it to F32, F16 or BF16 first")
-        return np.dtype(_DTYPES[stored])
+        return SAFETENSORS_DTYPES[stored]
 
     def _slice(self, key: str) -> Any:
         if key not in self._file.keys():

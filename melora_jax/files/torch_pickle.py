@@ -2,7 +2,10 @@
 
 Such a file is a zip archive of raw storages and one pickle, a program for a small stack machine. A real unpickler calls
 whatever function that program names. The interpreter here knows the few instructions that build a dict of tensors, and
-of functions only torch's two rebuilders and `OrderedDict`; it refuses all else by name.
+of functions only torch's two rebuilders and `OrderedDict`; it refuses everything else by name.
+
+A `pickle.Unpickler` with a restricted `find_class` is not as safe: one memo instruction of 5 bytes makes it allocate
+gigabytes, and a deeply nested tuple as a key crashes the interpreter before any method of ours is asked.
 """
 
 from __future__ import annotations
@@ -10,33 +13,26 @@ from __future__ import annotations
 import dataclasses
 import math
 import pickletools
+import reprlib
 import zipfile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-_STORAGES: dict[str, Any] = {
-    "DoubleStorage": np.float64,
-    "FloatStorage": np.float32,
-    "HalfStorage": np.float16,
-    "BFloat16Storage": ml_dtypes.bfloat16,
-    "LongStorage": np.int64,
-    "IntStorage": np.int32,
-    "ShortStorage": np.int16,
-    "CharStorage": np.int8,
-    "ByteStorage": np.uint8,
-    "BoolStorage": np.bool_,
-}
+from melora_jax.files.dtypes import TORCH_STORAGES
+
 _TENSOR = ("torch._utils", "_rebuild_tensor_v2")
 _PARAMETER = ("torch._utils", "_rebuild_parameter")
 _ORDERED_DICT = ("collections", "OrderedDict")
-_KNOWN = {_TENSOR, _PARAMETER, _ORDERED_DICT, *(("torch", name) for name in _STORAGES)}
+_KNOWN = {_TENSOR, _PARAMETER, _ORDERED_DICT, *(("torch", name) for name in TORCH_STORAGES)}
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _TEXTS_AND_NUMBERS = {"BINUNICODE", "SHORT_BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1"}
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _REMEDY = "do not trust this file; ask for a safetensors file"
+_MOST_AXES = 64  # NumPy's limit
+# Tensors may share a storage, as tied weights do; tensors that together take more than this are a bomb.
+_MOST_SHARING = 8
 
 
 def read_torch_archive(path: str | Path) -> dict[str, np.ndarray]:
@@ -47,7 +43,8 @@ def read_torch_archive(path: str | Path) -> dict[str, np.ndarray]:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: no zip archive of torch's layout, or a pickle that does anything else than build a dict of tensors.
+      ValueError: the file is not a zip archive of torch's layout, or its pickle does anything but build a dict of
+        tensors.
 
     >>> read_torch_archive("adapter_model.bin")
     Traceback (most recent call last):
@@ -61,10 +58,12 @@ def read_torch_archive(path: str | Path) -> dict[str, np.ndarray]:
             members = _members(archive, path)
             interpreter = _Interpreter(archive, members, path)
             tensors = interpreter.run(archive.read(members["data.pkl"]))
-    except (zipfile.BadZipFile, NotImplementedError) as error:
-        raise ValueError(f"{path} is no archive of torch 1.6 or later, or is damaged ({error}); {_REMEDY}") from None
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path} is not an archive of torch 1.6 or later, or is damaged ({error}); {_REMEDY}"
+        ) from None
     if not isinstance(tensors, dict) or not all(isinstance(value, np.ndarray) for value in tensors.values()):
-        raise ValueError(f"{path} holds something else than a dict of tensors; {_REMEDY}")
+        raise ValueError(f"{path} holds something other than a dict of tensors; {_REMEDY}")
     return tensors
 
 
@@ -90,9 +89,16 @@ class _Name:
     module: str
     name: str
 
+    def __repr__(self) -> str:
+        return f"{self.module}.{self.name}"
+
 
 class _Interpreter:
-    """The stack machine. Its values are dicts, tuples, strings, numbers, None, names, storages and tensors."""
+    """The stack machine. Its values are dicts, tuples, strings, numbers, None, names, storages and tensors.
+
+    A hostile program nests tuples so deeply, or shares them so often, that comparing, hashing or printing one would not
+    end. Values are therefore compared and hashed only once their type is known, and printed by `_shown`.
+    """
 
     def __init__(self, archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo], path: Path) -> None:
         self._archive = archive
@@ -101,6 +107,8 @@ class _Interpreter:
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
+        self._storages: dict[str, bytes] = {}
+        self._bytes_left = _MOST_SHARING * path.stat().st_size
 
     def run(self, program: bytes) -> Any:
         """What the program leaves on the stack."""
@@ -108,7 +116,7 @@ class _Interpreter:
             for opcode, argument, position in pickletools.genops(program):
                 self._step(opcode.name, argument, position)
             (result,) = self._stack
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
             if str(error).startswith(str(self._path)):
                 raise
             raise ValueError(f"{self._path} has a damaged data.pkl ({error}); fetch it again") from None
@@ -142,7 +150,7 @@ class _Interpreter:
             case "SETITEM" | "SETITEMS":
                 self._set(self._pop(2) if opcode == "SETITEM" else self._pop_to_mark())
             case "BINPERSID":
-                stack.append(self._storage(*stack.pop()))
+                stack.append(self._storage(stack.pop()))
             case "REDUCE":
                 stack.append(self._call(*self._pop(2)))
             case "BUILD":
@@ -161,12 +169,12 @@ class _Interpreter:
     def _set(self, items: list[Any]) -> None:
         target = self._stack[-1]
         if not isinstance(target, dict):
-            raise TypeError("items are set on what is no dict")
+            raise TypeError("items are set on something other than a dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
             if not isinstance(key, str):
-                raise TypeError(f"the key {key!r} is no name")
+                raise TypeError(f"the key {_shown(key)} is not a name")
             if key in target:
-                raise ValueError(f"{self._path} holds {key!r} twice; {_REMEDY}")
+                raise ValueError(f"{self._path} holds {_shown(key)} twice; {_REMEDY}")
             target[key] = value
 
     def _ignore_metadata(self, state: Any) -> None:
@@ -174,38 +182,66 @@ class _Interpreter:
         if not isinstance(self._stack[-1], dict) or not isinstance(state, dict) or state.keys() != {"_metadata"}:
             raise ValueError(f"{self._path} sets attributes of an object; {_REMEDY}")
 
-    def _named(self, module: str, name: str) -> _Name:
+    def _named(self, module: Any, name: Any) -> _Name:
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise TypeError(f"{_shown(module)} and {_shown(name)} do not name a function")
         if (module, name) not in _KNOWN:
-            raise ValueError(f"{self._path} asks for {module}.{name}, which builds no tensor; {_REMEDY}")
+            asked = _shown(f"{module}.{name}")[1:-1]
+            raise ValueError(f"{self._path} asks for {asked}, which builds no tensor; {_REMEDY}")
         return _Name(module, name)
 
-    def _call(self, function: Any, arguments: tuple[Any, ...]) -> Any:
-        match (function.module, function.name) if isinstance(function, _Name) else None:
-            case ("torch._utils", "_rebuild_tensor_v2"):
-                return _tensor(*arguments[:4])
-            case ("torch._utils", "_rebuild_parameter"):
-                return arguments[0]
-            case ("collections", "OrderedDict") if arguments == ():
-                return {}
-        raise ValueError(f"{self._path} calls {function!r}, which builds no tensor; {_REMEDY}")
+    def _call(self, function: Any, arguments: Any) -> Any:
+        if isinstance(function, _Name) and isinstance(arguments, tuple):
+            match (function.module, function.name):
+                case ("torch._utils", "_rebuild_tensor_v2") if len(arguments) >= 4:
+                    return self._tensor(*arguments[:4])
+                case ("torch._utils", "_rebuild_parameter") if arguments:
+                    return arguments[0]
+                case ("collections", "OrderedDict") if not arguments:
+                    return {}
+        called = f"{_shown(function)} with {_shown(arguments)}"
+        raise ValueError(f"{self._path} calls {called}, which builds no tensor; {_REMEDY}")
 
-    def _storage(self, kind: str, dtype: _Name, key: str, _location: str, _count: int) -> np.ndarray:
+    def _storage(self, identifier: Any) -> np.ndarray:
         """The storage that a persistent id names, from its own file in the archive."""
-        if kind != "storage" or dtype.name not in _STORAGES or not (key.isascii() and key.isdecimal()):
-            raise ValueError(f"{self._path} asks for {kind} {key!r}, which is no storage of torch's; {_REMEDY}")
-        return np.frombuffer(self._archive.read(self._members[f"data/{key}"]), dtype=_STORAGES[dtype.name])
+        match identifier:
+            case ("storage", _Name("torch", dtype), str(key), str(), int()) if key.isascii() and key.isdecimal():
+                if key not in self._storages:
+                    self._storages[key] = self._archive.read(self._members[f"data/{key}"])
+                return np.frombuffer(self._storages[key], dtype=TORCH_STORAGES[dtype])
+        raise ValueError(f"{self._path} asks for {_shown(identifier)}, which is not a storage of torch's; {_REMEDY}")
+
+    def _tensor(self, storage: Any, offset: Any, size: Any, stride: Any) -> np.ndarray:
+        """A copy of the view of `storage` that torch's numbers describe, once it is known to lie inside it."""
+        are_tuples = isinstance(size, tuple) and isinstance(stride, tuple) and len(size) <= _MOST_AXES
+        numbers = (offset, *size, *stride) if are_tuples else (None,)
+        if not isinstance(storage, np.ndarray) or not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError("a tensor is not given by its storage and whole numbers")
+        count = math.prod(size)
+        last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True)) if count else 0
+        if count > storage.size or (count and last >= storage.size):
+            raise ValueError(f"a tensor of shape {list(size)} reaches beyond its storage of {storage.size} numbers")
+        self._bytes_left -= count * storage.itemsize
+        if self._bytes_left < 0:
+            raise ValueError(
+                f"{self._path} has tensors that together take over {_MOST_SHARING} times its bytes; {_REMEDY}"
+            )
+        if not count:
+            return np.zeros(size, storage.dtype)
+        # the step of an axis of one entry is never taken, and may be any number
+        strides = [step * storage.itemsize if length > 1 else 0 for length, step in zip(size, stride, strict=True)]
+        return np.lib.stride_tricks.as_strided(storage[offset:], size, strides).copy()
 
 
-def _tensor(storage: Any, offset: Any, size: Any, stride: Any) -> np.ndarray:
-    """A copy of the view of `storage` that torch's numbers describe, once it is known to lie inside it."""
-    numbers = (offset, *size, *stride)
-    if not isinstance(storage, np.ndarray) or not all(type(number) is int and number >= 0 for number in numbers):
-        raise ValueError("a tensor is not given by its storage and whole numbers")
-    count = math.prod(size)
-    last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True)) if count else 0
-    if count > storage.size or (count and last >= storage.size):
-        raise ValueError(f"a tensor of shape {list(size)} reaches beyond its storage of {storage.size} numbers")
-    if not count:
-        return np.zeros(size, storage.dtype)
-    strides = [step * storage.itemsize for step in stride]
-    return np.lib.stride_tricks.as_strided(storage[offset:], size, strides).copy()
+class _Short(reprlib.Repr):
+    """`repr` of bounded length and depth; names, which end an error's sentence, stand as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 80
+
+    def repr_ndarray(self, value: np.ndarray, level: int) -> str:
+        return f"an array of {value.size} numbers"
+
+
+_shown = _Short().repr

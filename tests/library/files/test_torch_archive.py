@@ -127,6 +127,11 @@ class Payload:
         return os.mkdir, (str(self.target),)
 
 
+# A tuple in a tuple, and so on: hashing or printing it takes more of the stack than there is.
+DEEP = Raw(b")" + b"\x85" * 200_000)
+# A tuple of two of the same, and so on: its text would have 2¹⁰⁰ entries.
+ENDLESS = Raw(b")" + b"q\x00h\x00\x86" * 100)
+
 HOSTILE: dict[str, tuple[Any, str]] = {
     "a function": (
         {"x": called(named("posix", "system"), "true")},
@@ -134,10 +139,13 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     ),
     "eval": ({"x": called(named("builtins", "eval"), "1")}, "asks for builtins.eval, which builds no tensor; do not"),
     "torch's loader": ({"x": named("torch", "load")}, "asks for torch.load, which builds no tensor; do not trust"),
-    "a call of a dict": ({"x": called(Raw(b"}"), "a")}, "calls {}, which builds no tensor; do not trust this file"),
+    "a call of a dict": (
+        {"x": called(Raw(b"}"), "a")},
+        "calls {} with ('a',), which builds no tensor; do not trust this file",
+    ),
     "a filled OrderedDict": (
         {"x": called(named("collections", "OrderedDict"), (("a", 1),))},
-        "calls _Name(module='collections', name='OrderedDict'), which builds no tensor",
+        "calls collections.OrderedDict with ((('a', 1),),), which builds no tensor",
     ),
     "an old-style object": (
         b"\x80\x02(iposix\nsystem\n.",
@@ -152,8 +160,8 @@ HOSTILE: dict[str, tuple[Any, str]] = {
         Raw(b"\x80\x02}(" + (pickled("a") + pickled(tensor())) * 2 + b"u."),
         "holds 'a' twice; do not trust",
     ),
-    "no dict": (pickled(("a",)) + b".", "holds something else than a dict of tensors; do not trust this file"),
-    "no tensor": ({"x": "y"}, "holds something else than a dict of tensors; do not trust this file"),
+    "no dict": (pickled(("a",)) + b".", "holds something other than a dict of tensors; do not trust this file"),
+    "no tensor": ({"x": "y"}, "holds something other than a dict of tensors; do not trust this file"),
     "beyond the storage": (
         {"x": tensor(size=(3, 3))},
         "a tensor of shape [3, 3] reaches beyond its storage of 6 numbers",
@@ -164,14 +172,62 @@ HOSTILE: dict[str, tuple[Any, str]] = {
         {"x": tensor(size=(1 << 20, 1 << 20), stride=(0, 0))},
         "a tensor of shape [1048576, 1048576] reaches beyond its storage of 6 numbers",
     ),
-    "another file": ({"x": tensor(storage("../../secret"))}, "asks for storage '../../secret', which is no storage of"),
+    "another file": (
+        {"x": tensor(storage("../../secret"))},
+        "asks for ('storage', torch.FloatStorage, '../../secret', 'cpu', 6), which",
+    ),
     "no such storage": ({"x": tensor(storage("9"))}, "has a damaged data.pkl ('data/9'); fetch it again"),
-    "another kind": ({"x": tensor(storage(word="module"))}, "asks for module '0', which is no storage of torch's"),
+    "another kind": (
+        {"x": tensor(storage(word="module"))},
+        "asks for ('module', torch.FloatStorage, '0', 'cpu', 6), which is not a storage",
+    ),
     "an unfinished program": (b"\x80\x02}(", "has a damaged data.pkl (pickle exhausted before seeing STOP); fetch it"),
     "an empty stack": (b"\x80\x020.", "is the instruction POP; do not trust this file"),
     "nothing to call": (b"\x80\x02R.", "has a damaged data.pkl (the stack is empty); fetch it again"),
     "no mark": (b"\x80\x02t.", "has a damaged data.pkl (pop from empty list); fetch it again"),
     "memory": (b"\x80\x02h\x05.", "has a damaged data.pkl (5); fetch it again"),
+    "os.system": ({"x": called(named("os", "system"), "true")}, "asks for os.system, which builds no tensor; do not"),
+    "a function by its parts": (
+        {"x": called(Raw(pickled("os") + pickled("system") + b"\x93"), "true")},
+        "asks for os.system, which builds no tensor; do not trust this file",
+    ),
+    "a call within a call": (
+        {"x": called(REBUILD, called(named("builtins", "eval"), "1"), 0, (2, 3), (3, 1), False, EMPTY)},
+        "asks for builtins.eval, which builds no tensor; do not trust this file",
+    ),
+    "a call of what a call returned": ({"x": called(tensor(), "a")}, "calls an array of 6 numbers with ('a',), which"),
+    "a storage as a function": ({"x": called(named("torch", "FloatStorage"), 6)}, "calls torch.FloatStorage with (6,)"),
+    "a name's state": (
+        {"x": Raw(bytes(REBUILD) + pickled({"name": "system"}) + b"b")},
+        "sets attributes of an object; do not trust this file; ask for a safetensors file",
+    ),
+    "a state dict's state": (
+        {"x": Raw(bytes(EMPTY) + pickled({"__class__": "x"}) + b"b")},
+        "sets attributes of an object; do not trust this file; ask for a safetensors file",
+    ),
+    "a name that is none": (
+        {"x": Raw(DEEP + pickled("system") + b"\x93")},
+        "and 'system' do not name a function); fetch it again",
+    ),
+    "a deep key": (Raw(b"\x80\x02}" + DEEP + b"Ns."), "is not a name); fetch it again"),
+    "a deep call": ({"x": called(DEEP, "a")}, "with ('a',), which builds no tensor; do not trust this file"),
+    "a key of endless length": (Raw(b"\x80\x02}" + ENDLESS + b"Ns."), "is not a name); fetch it again"),
+    "a deep persistent id": ({"x": Raw(DEEP + b"Q")}, "which is not a storage of torch's; do not trust this file"),
+    "a number as a persistent id": ({"x": Raw(pickled(5) + b"Q")}, "asks for 5, which is not a storage of torch's"),
+    "a dict as a storage's type": (
+        {"x": tensor(Raw(pickled(("storage", {}, "0", "cpu", 6)) + b"Q"))},
+        "asks for ('storage', {}, '0', 'cpu', 6), which is not a storage of torch's; do not trust",
+    ),
+    "a tensor's function as a storage's type": (
+        {"x": tensor(Raw(pickled(("storage", REBUILD, "0", "cpu", 6)) + b"Q"))},
+        "asks for ('storage', torch._utils._rebuild_tensor_v2, '0', 'cpu', 6), which is not a storage",
+    ),
+    "a memo's far end": (Raw(b"\x80\x02}r\xff\xff\xff\xff" + b"h\x00."), "has a damaged data.pkl (0); fetch it"),
+    "a step beyond all numbers": (
+        {"x": tensor(size=(2, 3), stride=(Raw(b"\x8a\x10" + b"\x7f" * 16), 1))},
+        "a tensor of shape [2, 3] reaches beyond its storage of 6 numbers",
+    ),
+    "many axes": ({"x": tensor(size=(1,) * 65, stride=(1,) * 65)}, "a tensor is not given by its storage and whole"),
     "junk": (np.random.default_rng(1).bytes(1000), "has a damaged data.pkl ("),
 }
 
@@ -184,6 +240,19 @@ def test_a_hostile_file_is_refused_in_one_line_and_nothing_is_run(name: str, tmp
         read_torch_archive(path)
     assert str(error.value).startswith(str(path))
     assert "\n" not in str(error.value)
+
+
+def test_tensors_share_a_storage_within_bounds(tmp_path: Path) -> None:
+    storages = {"data/1": bytes(40_000)}
+
+    def state(count: int) -> dict[str, Raw]:
+        whole = tensor(storage("1", count=10_000), size=(10_000,), stride=(1,))
+        return {f"x{number}": whole for number in range(count)}
+
+    assert len(read_torch_archive(archive(tmp_path / "tied.bin", state(2), storages))) == 2
+    path = archive(tmp_path / "bomb.bin", state(20), storages)
+    with pytest.raises(ValueError, match=r"has tensors that together take over 8 times its bytes; do not trust"):
+        read_torch_archive(path)
 
 
 def test_a_payload_of_pickles_own_is_not_run(tmp_path: Path) -> None:
@@ -201,7 +270,7 @@ def test_archives_of_another_layout_are_refused(tmp_path: Path) -> None:
         read_torch_archive(path)
     path.write_bytes(np.random.default_rng(0).bytes(10_000_000))
     with pytest.raises(
-        ValueError, match=r"is no archive of torch 1.6 or later, or is damaged \(File is not a zip file"
+        ValueError, match=r"is not an archive of torch 1.6 or later, or is damaged \(File is not a zip file"
     ):
         read_torch_archive(path)
     archive(path, {"x": tensor()}, compression=zipfile.ZIP_DEFLATED)
