@@ -9,8 +9,7 @@ from flax import nnx
 
 from melora_jax.adapters.merge import merge
 from melora_jax.checkpoints.adapter_state import AdapterTree
-from melora_jax.checkpoints.approximation import Approximation
-from melora_jax.checkpoints.arithmetic import compress
+from melora_jax.checkpoints.arithmetic import Approximation, compress
 from melora_jax.checkpoints.difference import compress_difference
 from melora_jax.checkpoints.inspect import read_any
 from melora_jax.checkpoints.native_format import TENSOR_FILE, write_adapter

@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from melora_jax.checkpoints.adapter_state import config_of_sites
-from melora_jax.checkpoints.approximation import Approximation
-from melora_jax.checkpoints.arithmetic import compress_deltas
+from melora_jax.checkpoints.arithmetic import Approximation, compress_deltas
 from melora_jax.config import is_suffix
 from melora_jax.models import Checkpoint, open_checkpoint
 from melora_jax.models.families import Family

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from melora_jax.adapters.kinds import kind_of
 from melora_jax.checkpoints.adapter_state import AdapterTree
-from melora_jax.checkpoints.factors import plain_factors
-from melora_jax.checkpoints.linear import plain_site
+from melora_jax.checkpoints.factors import plain_factors, plain_site
 from melora_jax.checkpoints.native_format import TENSOR_FILE, read_adapter
 from melora_jax.checkpoints.peft.config import PEFT_CONFIG
 from melora_jax.checkpoints.peft.export import PEFT_TENSORS

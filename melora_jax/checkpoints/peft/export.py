@@ -21,8 +21,7 @@ import numpy as np
 
 from melora_jax.adapters.kinds import kind_of
 from melora_jax.checkpoints.adapter_state import AdapterTree, SiteFactors
-from melora_jax.checkpoints.factors import plain_factors, rounding_of
-from melora_jax.checkpoints.linear import as_plain
+from melora_jax.checkpoints.factors import as_plain, plain_factors, rounding_of
 from melora_jax.checkpoints.model_card import Provenance, write_card
 from melora_jax.checkpoints.native_format import CONFIG_FILE, write_json
 from melora_jax.checkpoints.peft.config import PEFT_CONFIG, PEFT_TASKS

@@ -5,8 +5,10 @@ A folder that `write_peft` wrote comes back bit for bit, as long as its tensors 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,13 +16,28 @@ import numpy as np
 
 from melora_jax.checkpoints.adapter_state import AdapterTree, SiteFactors, config_of_sites
 from melora_jax.checkpoints.factors import factors_from_plain, latents_of_minis, plain_factors, restored
-from melora_jax.checkpoints.native_format import CONFIG_FILE, Facts, read_facts
+from melora_jax.checkpoints.native_format import CONFIG_FILE, Facts, read_facts, require_finite
 from melora_jax.checkpoints.peft.config import PeftSettings, read_settings
-from melora_jax.checkpoints.peft.tensors import StoredSite, read_tensors, sort_tensors
+from melora_jax.checkpoints.peft.export import PEFT_TENSORS, PREFIX
 from melora_jax.config import AdapterSpec
+from melora_jax.files.safetensors_io import TensorFile
+from melora_jax.files.torch_pickle import read_torch_archive
 from melora_jax.models.hub.names import flax_from_torch
 
 logger = logging.getLogger("melora_jax")
+
+_PICKLED_TENSORS = "adapter_model.bin"
+_FACTOR = re.compile(r"(?P<site>.+)\.lora_(?P<lookup>embedding_)?(?P<side>[AB])(\.(?P<mini>\d+|default))?(\.weight)?")
+_MAGNITUDE = re.compile(r"(?P<site>.+)\.lora_magnitude_vector(\.default)?(\.weight)?")
+
+
+@dataclasses.dataclass
+class _StoredSite:
+    """The factors of one site as they lie in the file, by side ("A" or "B") and mini ("" where there are none)."""
+
+    lookup: bool
+    magnitude: np.ndarray | None = None
+    factors: dict[tuple[str, str], np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def read_peft(folder: str | Path) -> AdapterTree:
@@ -37,8 +54,8 @@ def read_peft(folder: str | Path) -> AdapterTree:
     """
     folder = Path(folder)
     settings = read_settings(folder)
-    file, tensors = read_tensors(folder)
-    sites, others = sort_tensors(tensors, file)
+    file, tensors = _read_tensors(folder)
+    sites, others = _sort_tensors(tensors, file)
     saved = _saved(others, settings, file)
     if (folder / CONFIG_FILE).is_file():
         facts = read_facts(folder / CONFIG_FILE)
@@ -53,7 +70,7 @@ def read_peft(folder: str | Path) -> AdapterTree:
 
 
 def _extras(
-    path: str, site: StoredSite, lora_b: np.ndarray, settings: PeftSettings, file: Path
+    path: str, site: _StoredSite, lora_b: np.ndarray, settings: PeftSettings, file: Path
 ) -> dict[str, np.ndarray]:
     """DoRA's norms, there if and only if the config says so."""
     if (site.magnitude is not None) != settings.dora:
@@ -99,7 +116,7 @@ def _saved(others: Mapping[str, np.ndarray], settings: PeftSettings, file: Path)
 
 
 def _as_exported(
-    facts: Facts, sites: Mapping[str, StoredSite], settings: PeftSettings, file: Path
+    facts: Facts, sites: Mapping[str, _StoredSite], settings: PeftSettings, file: Path
 ) -> dict[str, SiteFactors] | None:
     """The sites from which `write_peft` made this file; None if the file has changed since."""
     if facts.specs.keys() != sites.keys():
@@ -141,7 +158,7 @@ def _without_padding(
     return left[:, kept], right[kept]
 
 
-def _dense(path: str, site: StoredSite, settings: PeftSettings, file: Path) -> tuple[np.ndarray, np.ndarray]:
+def _dense(path: str, site: _StoredSite, settings: PeftSettings, file: Path) -> tuple[np.ndarray, np.ndarray]:
     """lora_A [rank d_in] and lora_B [d_out rank] of a site, block-diagonal storage undone."""
     if site.factors.keys() != {("A", ""), ("B", "")}:
         there = ", ".join(sorted(f"lora_{side}.{mini}".rstrip(".") for side, mini in site.factors))
@@ -164,7 +181,7 @@ def _block_diagonal(blocks: list[np.ndarray]) -> np.ndarray:
     return whole
 
 
-def _site_factors(path: str, site: StoredSite, settings: PeftSettings, file: Path) -> SiteFactors:
+def _site_factors(path: str, site: _StoredSite, settings: PeftSettings, file: Path) -> SiteFactors:
     """A site as minis: the authors' own, those of a block-diagonal LoRA, or one."""
     if settings.minis:
         return _authors_site(path, site, settings, file)
@@ -185,7 +202,7 @@ def _site_factors(path: str, site: StoredSite, settings: PeftSettings, file: Pat
     return SiteFactors(spec, a, b, site.lookup, _extras(path, site, lora_b, settings, file))
 
 
-def _authors_site(path: str, site: StoredSite, settings: PeftSettings, file: Path) -> SiteFactors:
+def _authors_site(path: str, site: _StoredSite, settings: PeftSettings, file: Path) -> SiteFactors:
     """A site of the authors' fork: lora_A.k [r_k i] and lora_B.k [o r_k] of each mini k."""
     r, alpha = zip(*settings.minis, strict=True)
     if site.factors.keys() != {(side, str(k)) for side in "AB" for k in range(len(r))}:
@@ -201,3 +218,68 @@ def _authors_site(path: str, site: StoredSite, settings: PeftSettings, file: Pat
     a = np.stack([np.pad(lora_a.T, ((0, 0), (0, widest - len(lora_a)))) for lora_a, _ in pairs])
     b = np.stack([np.pad(lora_b.T, ((0, widest - lora_b.shape[1]), (0, 0))) for _, lora_b in pairs])
     return SiteFactors(spec, a, b, site.lookup)
+
+
+def _read_tensors(folder: Path) -> tuple[Path, dict[str, np.ndarray]]:
+    """The file that holds the tensors, and them: without PEFT's prefix, floating and finite, as float32.
+
+    Raises:
+      FileNotFoundError: no such adapter folder.
+      ValueError: a damaged file, or a tensor of another name or dtype, or that is not finite.
+    """
+    file = folder / PEFT_TENSORS
+    if file.is_file():
+        with TensorFile(file) as stored:
+            tensors = {key: stored.read(key) for key in stored.keys()}
+    elif (folder / _PICKLED_TENSORS).is_file():
+        file = folder / _PICKLED_TENSORS
+        tensors = read_torch_archive(file)
+    else:
+        raise FileNotFoundError(f"{folder} is not a PEFT adapter: it has neither {PEFT_TENSORS} nor {_PICKLED_TENSORS}")
+    for key, value in tensors.items():
+        if not key.startswith(PREFIX):
+            raise ValueError(f"{file}: {key} does not begin with {PREFIX!r}, as PEFT's names do; is it another's file?")
+        if value.dtype.kind not in "fV" or value.dtype.itemsize > 4:  # bfloat16 is of kind V
+            raise ValueError(f"{file}: {key} is {value.dtype}; convert it to float32, float16 or bfloat16 first")
+    require_finite(tensors, file)
+    return file, {key.removeprefix(PREFIX): value.astype(np.float32) for key, value in tensors.items()}
+
+
+def _sort_tensors(
+    tensors: Mapping[str, np.ndarray], file: Path
+) -> tuple[dict[str, _StoredSite], dict[str, np.ndarray]]:
+    """The tensors that are factors by their site's path, and the others by their name.
+
+    Raises:
+      ValueError: there are no factors, a factor occurs twice or is not a matrix, or norms have no factors.
+    """
+    sites: dict[str, _StoredSite] = {}
+    others: dict[str, np.ndarray] = {}
+    magnitudes: dict[str, np.ndarray] = {}
+    for key, value in tensors.items():
+        if norms := _MAGNITUDE.fullmatch(key):
+            magnitudes[norms["site"].replace(".", "/")] = value
+            continue
+        if ".original_module." in key:
+            continue  # with bias="all" PEFT writes a saved module's bias as it was before training too
+        found = _FACTOR.fullmatch(key)
+        if found is None:
+            others[re.sub(r"\.modules_to_save(\.default)?(?=\.)", "", key)] = value
+            continue
+        path, mini = found["site"].replace(".", "/"), found["mini"] or ""
+        side = (found["side"], "" if mini == "default" else mini)
+        site = sites.setdefault(path, _StoredSite(lookup=found["lookup"] is not None))
+        if side in site.factors:
+            raise ValueError(f"{file} holds lora_{side[0]} of {path} twice; remove one of them")
+        if value.ndim != 2:
+            raise ValueError(f"{file}: {key} has shape {list(value.shape)}; a factor is a matrix")
+        site.factors[side] = value
+    if not sites:
+        raise ValueError(f"{file} holds no lora_A and lora_B; it is not an adapter of LoRA's kind")
+    for path, magnitude in magnitudes.items():
+        if path not in sites:
+            raise ValueError(
+                f"{file} holds norms of {path}, and no lora_A and lora_B beside them; save the adapter again"
+            )
+        sites[path].magnitude = magnitude.reshape(-1)
+    return sites, others
