@@ -19,6 +19,7 @@ from melora_jax.checkpoints.adapter_state import AdapterTree, SiteFactors, confi
 from melora_jax.checkpoints.factors import as_plain, plain_factors
 from melora_jax.config import AdapterSpec, MELoRAConfig
 from melora_jax.core.report import table
+from melora_jax.core.spectrum import svd_of_product
 from melora_jax.validation import check_count, check_sizes
 
 
@@ -187,11 +188,13 @@ def _energy(left: np.ndarray, right: np.ndarray) -> float:
 
 def _truncated(left: np.ndarray, right: np.ndarray, r: int) -> tuple[np.ndarray, np.ndarray, float]:
     """The best factors of rank r of left · right, their singular values shared evenly, and the energy left out."""
-    q1, t1 = np.linalg.qr(left)
-    q2, t2 = np.linalg.qr(right.T)
-    u, values, vt = np.linalg.svd(t1 @ t2.T)
+    return _largest(*svd_of_product(left, right), r)
+
+
+def _largest(u: np.ndarray, values: np.ndarray, vt: np.ndarray, r: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """As `_truncated`, from the singular value decomposition."""
     root = np.sqrt(values[:r])
-    return q1 @ u[:, : len(root)] * root, (root[:, None] * vt[: len(root)]) @ q2.T, float(np.sum(values[r:] ** 2))
+    return u[:, :r] * root, root[:, None] * vt[:r], float(np.sum(values[r:] ** 2))
 
 
 def _stacked(blocks: Sequence[_Factors], lookup: bool) -> SiteFactors:
@@ -244,15 +247,10 @@ def compress_deltas(deltas: Iterable[tuple[str, np.ndarray]], *, n: int, r: int)
         exact = delta.astype(np.float64)
         whole = exact.reshape(n, d_in // n, n, d_out // n)
         svds = [np.linalg.svd(whole[k, :, k], full_matrices=False) for k in range(n)]
-        roots = [np.sqrt(values[:r]) for _, values, _ in svds]
-        factors = [
-            (u[:, : len(root)] * root, root[:, None] * vt[: len(root)])
-            for (u, _, vt), root in zip(svds, roots, strict=True)
-        ]
-        sites[path] = _stacked(factors, lookup=False)
+        kept = [_largest(*svd, r) for svd in svds]
+        sites[path] = _stacked([(left, right) for left, right, _ in kept], lookup=False)
         energy, held = float(np.sum(exact**2)), float(sum(np.sum(values**2) for _, values, _ in svds))
-        inside = float(sum(np.sum(values[r:] ** 2) for _, values, _ in svds))
-        losses[path] = Loss(energy, max(energy - held, 0.0), inside)
+        losses[path] = Loss(energy, max(energy - held, 0.0), sum(lost for _, _, lost in kept))
     if not sites:
         raise ValueError("there is no update to compress; give (path, ΔW) of one layer at least")
     config = config_of_sites({path: site.spec for path, site in sites.items()})

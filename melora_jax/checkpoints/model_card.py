@@ -60,11 +60,12 @@ def write_card(
 
 def card_text(tree: AdapterTree, provenance: Provenance, *, rank: int | None = None, format: str | None = None) -> str:
     """The card: metadata, base model, settings, sites and scores, as far as they are known."""
+    from huggingface_hub import ModelCardData
+
     base, scores = tree.base_model, provenance.scores
     library = "peft" if format else "melora_jax"
-    metadata = {"base_model": base, "library_name": library, "license": provenance.license}
-    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in metadata.items() if value)]
-    lines += ["tags:", "- melora", "- lora", "---", _MARK, "", f"# MELoRA adapter{f' for {base}' if base else ''}", ""]
+    metadata = ModelCardData(base_model=base, library_name=library, license=provenance.license, tags=["melora", "lora"])
+    lines = ["---", metadata.to_yaml(), "---", _MARK, "", f"# MELoRA adapter{f' for {base}' if base else ''}", ""]
     lines += [f"Task: {tree.task}.", ""] if tree.task else []
     lines += [f"Trained on {provenance.data}.", ""] if provenance.data else []
     if format:
@@ -105,9 +106,13 @@ def license_in(folder: str | Path) -> str | None:
     >>> license_in("no/such/folder") is None
     True
     """
+    from huggingface_hub.repocard import metadata_load
+
     card = Path(folder) / CARD_FILE
     if not str(folder) or not card.is_file():
         return None
-    head = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-    named = re.search(r"^license:\s*[\"']?([\w.+-]+)[\"']?\s*$", head[1], re.MULTILINE) if head else None
-    return named[1] if named else None
+    try:
+        named = (metadata_load(card) or {}).get("license")
+    except Exception:  # whatever the YAML of somebody else's card is damaged by: it names no licence
+        return None
+    return named if isinstance(named, str) and re.fullmatch(r"[\w.+-]+", named) else None

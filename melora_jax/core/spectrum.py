@@ -18,8 +18,6 @@ FLOAT32_RANK_TOLERANCE = 1e-6
 def singular_values(left: npt.ArrayLike, right: npt.ArrayLike) -> npt.NDArray[np.float64]:
     """The singular values of ΔW = left · right, largest first.
 
-    left = Q₁T₁ and rightᵀ = Q₂T₂ (QR), so ΔW = Q₁(T₁T₂ᵀ)Q₂ᵀ and the core T₁T₂ᵀ has ΔW's non-zero singular values.
-
     Args:
       left: [d_in, R], any floating dtype; computed in float64.
       right: [R, d_out], likewise.
@@ -43,10 +41,32 @@ def singular_values(left: npt.ArrayLike, right: npt.ArrayLike) -> npt.NDArray[np
     for name, factor in (("left", left), ("right", right)):
         if not np.isfinite(factor).all():
             raise ValueError(f"{name} has entries that are not finite; the training that produced it diverged")
-    triangle, other = (np.asarray(np.linalg.qr(factor, mode="r")) for factor in (left, right.T))
-    core = triangle @ other.T
-    values = np.asarray(np.linalg.svd(core, compute_uv=False), dtype=np.float64)
-    return values[: min(left.shape[0], left.shape[1], right.shape[1])]
+    return svd_of_product(left, right)[1]
+
+
+def svd_of_product(
+    left: npt.NDArray[np.float64], right: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """The singular value decomposition of ΔW = left · right, which is never formed.
+
+    left = Q₁T₁ and rightᵀ = Q₂T₂ (QR) give ΔW = Q₁(T₁T₂ᵀ)Q₂ᵀ, so that of the core T₁T₂ᵀ is turned by Q₁ and Q₂.
+
+    Args:
+      left: float64 [d_in, R].
+      right: float64 [R, d_out].
+
+    Returns:
+      u [d_in, k], the singular values [k], largest first, and vᵀ [k, d_out], for k = min(d_in, R, d_out).
+
+    >>> import numpy as np
+    >>> u, values, vt = svd_of_product(np.diag([3.0, 4.0, 0.0]), np.eye(3, 5))
+    >>> np.allclose(u * values @ vt, np.diag([3.0, 4.0, 0.0]) @ np.eye(3, 5))
+    True
+    """
+    q1, t1 = np.linalg.qr(left)
+    q2, t2 = np.linalg.qr(right.T)
+    u, values, vt = np.linalg.svd(t1 @ t2.T, full_matrices=False)
+    return q1 @ u, values, vt @ q2.T
 
 
 def numerical_rank(values: npt.ArrayLike, rtol: float = FLOAT32_RANK_TOLERANCE) -> int:

@@ -24,9 +24,9 @@ def test_the_card_of_our_own_format(tmp_path: Path) -> None:
         model_of(tmp_path), tmp_path / "own", scores={"accuracy": 0.875, "loss": 0.4321987}, data="glue/rte"
     )
     expected = """---
-base_model: "some/base"
-library_name: "melora_jax"
-license: "apache-2.0"
+base_model: some/base
+library_name: melora_jax
+license: apache-2.0
 tags:
 - melora
 - lora
@@ -69,7 +69,7 @@ Trained whole: `classifier/bias`, `classifier/kernel`.
 
 def test_the_card_of_an_export_says_how_it_is_loaded(tmp_path: Path) -> None:
     card = (mj.export_peft(model_of(tmp_path), tmp_path / "peft") / "README.md").read_text()
-    assert 'library_name: "peft"' in card
+    assert "library_name: peft" in card
     assert "license" not in card
     assert "PEFT format `lora`, rank 3: `PeftModel.from_pretrained(base, folder)` loads it." in card
     assert "score" not in card
@@ -78,7 +78,7 @@ def test_the_card_of_an_export_says_how_it_is_loaded(tmp_path: Path) -> None:
 
 def test_what_is_not_known_is_not_said(tmp_path: Path) -> None:
     card = (mj.save_adapter(tiny.trained(), tmp_path / "own") / "README.md").read_text()
-    assert card.startswith('---\nlibrary_name: "melora_jax"\ntags:')
+    assert card.startswith("---\nlibrary_name: melora_jax\ntags:")
     assert "# MELoRA adapter\n" in card
     assert "None" not in card
 
@@ -101,6 +101,9 @@ def test_a_card_that_a_person_wrote_is_kept_and_our_own_is_renewed(write: Any, t
         ("---\ntags: []\n---\nlicense: mit\n", None),
         ("license: mit\n", None),
         ("---\nlicense:\n- mit\n---\n", None),
+        ("---\nlicense: !!python/object/apply:os.system [true]\n---\n", None),
+        ("---\nlicense: [mit\n---\n", None),
+        ("---\n" + "[" * 100_000 + "\n---\n", None),
     ],
 )
 def test_the_licence_is_taken_from_the_metadata_alone(text: str, expected: str | None, tmp_path: Path) -> None:
