@@ -117,7 +117,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m melora_jax", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m melora_jax", description="Export, merge, import, inspect and compress adapter folders."
+    )
     parsers = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
     for name, command in _COMMANDS.items():
         command.arguments(
