@@ -26,7 +26,8 @@ _NAMES = {
     "cheap": "add sub mul neg abs max min select_n broadcast_in_dim transpose convert_element_type eq ne lt le gt ge"
     " and or not xor sign floor ceil round clamp iota slice pad rev integer_pow square shift_left shift_right_logical"
     " shift_right_arithmetic is_finite add_any concatenate bitcast_convert_type",
-    "costly": "exp exp2 log log1p expm1 tanh logistic erf erf_inv erfc sin cos rsqrt sqrt div rem pow cbrt atan2",
+    "costly": "exp exp2 log log1p expm1 tanh logistic erf erf_inv erfc sin cos rsqrt sqrt div rem pow cbrt atan2"
+    " polynomial",
 }
 _CALLS, _VIEWS, _CHEAP, _COSTLY = (frozenset(names.split()) for names in _NAMES.values())
 _FUSED = _CHEAP | _COSTLY
