@@ -215,7 +215,7 @@ def test_what_is_refused(folder, capsys, tmp_path, monkeypatch):
     assert f"at most {room}" in run_refused(capsys, folder, *one, "--max-new-tokens", room + 1)
     assert "temperature=-1.0" in run_refused(capsys, folder, *one, "--max-new-tokens", 9, "--temperature", -1)
     assert "--stop has an empty string" in run_refused(capsys, folder, *one, "--stop", "")
-    assert "no adapter" in run_refused(capsys, folder, *one, "--adapter", tmp_path).lower()
+    assert "is not an adapter folder" in run_refused(capsys, folder, *one, "--adapter", tmp_path)
     plain = tmp_path / "plain"
     mj.save_pretrained(talker(), plain)
     byte_tokenizer(None).save_pretrained(plain)
