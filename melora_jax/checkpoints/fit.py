@@ -16,7 +16,7 @@ from melora_jax.checkpoints.adapter_state import AdapterTree
 from melora_jax.config import AdapterSpec, MELoRAConfig
 from melora_jax.core.dense_view import DenseView
 from melora_jax.nn.layer_view import view_of
-from melora_jax.nn.tree import path_of, walk
+from melora_jax.nn.tree import path_of, walk, without_base
 
 
 def require_fit(model: nnx.Module, tree: AdapterTree, folder: str | Path) -> None:
@@ -61,15 +61,9 @@ def require_same_factors(model: nnx.Module, tree: AdapterTree, folder: str | Pat
 
 def beside_factors(model: nnx.Module) -> dict[str, nnx.Variable]:
     """What is trained beside the factors, of saved modules and of the base, by their path in the host."""
-    sites = tuple(f"{path}/" for path in adapters_of(model))
+    sites = tuple(adapters_of(model))
     found = {path_of(path): variable for path, variable in nnx.to_flat_state(nnx.state(model, _is_beside))}
-    return {_path_in_host(path, sites): variable for path, variable in found.items()}
-
-
-def _path_in_host(path: str, sites: tuple[str, ...]) -> str:
-    """The path of a variable before its layer was wrapped by an adapter."""
-    site = next((site for site in sites if path.startswith(f"{site}base/")), None)
-    return path if site is None else site + path.removeprefix(f"{site}base/")
+    return {without_base(path, sites): variable for path, variable in found.items()}
 
 
 def _is_beside(path: object, variable: object) -> bool:

@@ -24,7 +24,7 @@ from melora_jax.checkpoints.native_format import CONFIG_FILE, write_json
 from melora_jax.checkpoints.save_load import adapter_tree
 from melora_jax.files.atomic import atomic_folder
 from melora_jax.nn.scan_layers import unstacked
-from melora_jax.nn.tree import path_of
+from melora_jax.nn.tree import path_of, without_base
 
 Part = Literal["adapter", "merged", "frozen"]
 TREE_FOLDER = "tree"
@@ -81,11 +81,7 @@ def _merged_arrays(model: nnx.Module) -> dict[str, jax.Array]:
 def _frozen_arrays(model: nnx.Module) -> dict[str, jax.Array]:
     model = unstacked(model, FrozenParam)
     wrapped = tuple(adapters_of(model))
-    frozen = {}
-    for path, value in _arrays(nnx.state(model, FrozenParam)).items():
-        site = next((site for site in wrapped if path.startswith(f"{site}/base/")), None)
-        frozen[path if site is None else path.replace(f"{site}/base/", f"{site}/", 1)] = value
-    return frozen
+    return {without_base(path, wrapped): value for path, value in _arrays(nnx.state(model, FrozenParam)).items()}
 
 
 def _arrays(state: Any) -> dict[str, jax.Array]:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
@@ -29,13 +29,22 @@ def path_of(keypath: Path) -> str:
     return "/".join(_name_of(key) for key in keypath)
 
 
-def without_base(path: str) -> str:
+def without_base(path: str, sites: Collection[str] | None = None) -> str:
     """The path that a variable has without its adapter: a layer that wraps another holds it as `base`.
+
+    Args:
+      path: of the variable.
+      sites: paths of the adapted layers, for models that may have modules of their own called `base`.
 
     >>> without_base("encoder/layer/0/query/base/kernel")
     'encoder/layer/0/query/kernel'
+    >>> without_base("query/base/base/kernel", ["query"]), without_base("base/kernel", ["query"])
+    ('query/base/kernel', 'base/kernel')
     """
-    return path.replace("/base/", "/")
+    if sites is None:
+        return path.replace("/base/", "/")
+    site = next((site for site in sites if path.startswith(f"{site}/base/")), None)
+    return path if site is None else site + path.removeprefix(f"{site}/base")
 
 
 def _name_of(key: Any) -> str:

@@ -20,6 +20,7 @@ from rich.table import Table
 from train.config.run_config import RunConfig, from_toml
 from train.lab.memory.devices import GIB, Devices, devices_from_name
 from train.lab.memory.planning import Plan, abstract_mesh, plan_run
+from train.report.tables import terminal_table
 
 SHAPES = Path(__file__).parents[1] / "lab" / "memory" / "shapes"
 _UNDONE = "XLA keeps on CPU what remat and quantisation would have made again, so there it takes more than this"
@@ -97,16 +98,12 @@ def _describe(config: RunConfig) -> str:
 
 
 def _table(names: Sequence[str], kinds: Sequence[Devices], plans: Sequence[Plan]) -> Table:
-    table = Table("GiB a device", box=None, pad_edge=False)
-    for name in names:
-        table.add_column(name, justify="right")
-    for field in dataclasses.fields(Plan):
-        table.add_row(field.name, *(f"{getattr(found, field.name) / GIB:.3f}" for found in plans))
-    table.add_row("total", *(f"{found.total / GIB:.3f}" for found in plans))
-    table.add_row("usable", *(f"{devices.usable / GIB:.1f}" for devices in kinds))
-    verdicts = [found.total <= devices.usable for found, devices in zip(plans, kinds, strict=True)]
-    table.add_row("fits", *("yes" if fits else "no" for fits in verdicts))
-    return table
+    parts = [field.name for field in dataclasses.fields(Plan)]
+    rows = [(part, *(f"{getattr(found, part) / GIB:.3f}" for found in plans)) for part in [*parts, "total"]]
+    rows.append(("usable", *(f"{devices.usable / GIB:.1f}" for devices in kinds)))
+    verdicts = (found.total <= devices.usable for found, devices in zip(plans, kinds, strict=True))
+    rows.append(("fits", *("yes" if fits else "no" for fits in verdicts)))
+    return terminal_table(("GiB a device", *names), rows)
 
 
 def _remedies(config: RunConfig, found: Plan) -> list[str]:

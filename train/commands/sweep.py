@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -20,6 +19,7 @@ from train.loop.loop import Outcome, exit_code
 from train.loop.metrics import is_better
 from train.loop.population import group, require_population, run_population
 from train.report.comparison import write_comparison
+from train.report.tables import terminal_table
 from train.run_folder.errors import RunError
 from train.run_folder.folder import read_run
 from train.run_folder.log import replace_text
@@ -142,13 +142,12 @@ def _order(metric: str, values: list[float]) -> float:
 
 
 def _settings_table(scores: dict[str, list[float]], metric: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    for header in ("setting", "runs", f"mean {metric}", "deviation", "least", "most"):
-        table.add_column(header, justify="left" if header == "setting" else "right", overflow="fold")
-    for name, values in scores.items():
-        spread = f"{np.std(values, ddof=1):.4f}" if len(values) > 1 else "-"
-        numbers = (
-            [f"{np.mean(values):.4f}", spread, f"{min(values):.4f}", f"{max(values):.4f}"] if values else ["-"] * 4
-        )
-        table.add_row(name, str(len(values)), *numbers)
-    return table
+    headers = ("setting", "runs", f"mean {metric}", "deviation", "least", "most")
+    return terminal_table(headers, [(name, *_summary(values)) for name, values in scores.items()])
+
+
+def _summary(values: list[float]) -> list[str]:
+    if not values:
+        return ["0", *["-"] * 4]
+    spread = f"{np.std(values, ddof=1):.4f}" if len(values) > 1 else "-"
+    return [str(len(values)), f"{np.mean(values):.4f}", spread, f"{min(values):.4f}", f"{max(values):.4f}"]
