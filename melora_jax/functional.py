@@ -22,11 +22,11 @@ from jaxtyping import Array, Float
 
 from melora_jax.config import AdapterSpec, MELoRAConfig, Strategy
 from melora_jax.core import blocks
-from melora_jax.core.adapter_update import merged_kernel, update_of
 from melora_jax.core.dense_view import DenseView, unadaptable, view_of_general
 from melora_jax.core.initializers import init_factors, start_key
-from melora_jax.core.platform import platform
-from melora_jax.core.products.plan import choose_strategy
+from melora_jax.core.products.merged import merged_kernel
+from melora_jax.core.products.plan import plan_product, planned_strategy
+from melora_jax.core.products.product import adapter_mask, update
 from melora_jax.core.targeting import NamedModule, require_factors_alone, selection_of
 from melora_jax.validation import check_sizes
 
@@ -40,7 +40,6 @@ class Adapter:
       a, b: float32 `[n i r]` and `[n r o]`, with i = d_in/n and o = d_out/n.
       path: the kernel's name, which also selects the stream of dropout masks.
       spec: the adapter's settings at this path.
-      strategy: how its products are computed.
 
     >>> adapters = init({"query": jnp.ones((6, 4))}, MELoRAConfig(n=2, targets=["query"]), jax.random.key(0))
     >>> jax.tree.map(jnp.shape, adapters["query"]).b
@@ -51,7 +50,11 @@ class Adapter:
     b: Array
     path: str = dataclasses.field(metadata={"static": True})
     spec: AdapterSpec = dataclasses.field(metadata={"static": True})
-    strategy: Strategy = dataclasses.field(metadata={"static": True})
+
+    @property
+    def strategy(self) -> Strategy:
+        """How its products are computed on the platform traced for."""
+        return planned_strategy(self.spec)
 
     @property
     def view(self) -> DenseView:
@@ -101,8 +104,7 @@ def _check_shape(shape: tuple[int, ...], spec: AdapterSpec, path: str) -> None:
 
 
 def _adapter(path: str, shape: tuple[int, int], spec: AdapterSpec, key: Array) -> Adapter:
-    strategy = choose_strategy(spec.strategy, spec.n * max(spec.r), platform())
-    return Adapter(*init_factors(start_key(key, path), *shape, spec), path, spec, strategy)
+    return Adapter(*init_factors(start_key(key, path), *shape, spec), path, spec)
 
 
 def apply(x: Float[Array, "... d_in"], adapter: Adapter) -> Float[Array, "... d_out"]:
@@ -114,7 +116,8 @@ def apply(x: Float[Array, "... d_in"], adapter: Adapter) -> Float[Array, "... d_
     >>> apply(jnp.ones((5, 6), jnp.bfloat16), adapters["query"]).dtype.name
     'bfloat16'
     """
-    return update_of(adapter, adapter.view, x, x, adapter.a, adapter.b)
+    plan = plan_product(adapter.spec, adapter.view)
+    return update(plan, x, adapter.a, adapter.b, adapter_mask(plan, x.shape, adapter.path), x.dtype)
 
 
 def delta(adapter: Adapter) -> Float[Array, "d_in d_out"]:

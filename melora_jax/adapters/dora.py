@@ -13,9 +13,9 @@ from jaxtyping import Array, Float
 from melora_jax.adapters.melora import MELoRADense
 from melora_jax.adapters.params import MELoRAParam
 from melora_jax.config import AdapterSpec
-from melora_jax.core.adapter_update import update_of
 from melora_jax.core.dense_view import DenseView, unadaptable
 from melora_jax.core.initializers import from_kernel
+from melora_jax.core.products.product import adapter_mask, update
 from melora_jax.nn.layer_view import refuse_mesh
 from melora_jax.nn.quantized import QuantizedLinear
 from melora_jax.nn.sharding import active_mesh
@@ -85,12 +85,12 @@ class DoRADense(MELoRADense):
             raise ValueError(
                 f"{self.setting} at {self.path} does not run on a mesh; take a plain adapter, or one device"
             )
-        y, view = self.base(x, *args, **kwargs), self.view
-        update = update_of(self, view, x, y, *self.factors())
-        gain = self.gain().reshape(view.out_shape)
+        plan, y = self.plan_for(x.shape), self.base(x, *args, **kwargs)
+        direction = update(plan, x, *self.factors(), adapter_mask(plan, x.shape, self.path), y.dtype)
+        gain = self.gain().reshape(plan.view.out_shape)
         bias = 0 if self.base.bias is None else self.base.bias[...].astype(y.dtype)
         # In this form the output is exactly the base's where g is 1.
-        return y + (gain - 1).astype(y.dtype) * (y - bias) + gain.astype(y.dtype) * update
+        return y + (gain - 1).astype(y.dtype) * (y - bias) + gain.astype(y.dtype) * direction
 
     def gain(self) -> Float[Array, " d_out"]:
         """g = m / ‖W + ΔW‖, float32; gradients reach m alone."""

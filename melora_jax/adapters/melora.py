@@ -19,30 +19,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AbstractMesh
 
 from melora_jax import validation
-from melora_jax.adapters.layer_strategy import chosen_strategy, strategy_on, sums_whole
-from melora_jax.adapters.merged_output import merged_output, why_unmergeable_on
+from melora_jax.adapters.layer_plan import computes_a_dense_product, kernel_and_bias, may_merge, plan_layer
 from melora_jax.adapters.params import MELoRAParam, freeze
-from melora_jax.adapters.tensor_parallel import product_with_adapter
+from melora_jax.adapters.tensor_parallel import output_on_mesh
 from melora_jax.config import AdapterSpec, Init, Kind, Mixer, Scaling, Strategy, Variant
 from melora_jax.core import blocks
-from melora_jax.core.adapter_update import (
-    Adapter,
-    attend_update,
-    in_dtype_of,
-    merged_kernel,
-    output_with_update,
-    update_of,
-)
 from melora_jax.core.dense_view import DenseView, view_at_call
 from melora_jax.core.initializers import init_factors
+from melora_jax.core.products.merged import merged_kernel
+from melora_jax.core.products.plan import ProductPlan, plan_product, planned_strategy
+from melora_jax.core.products.product import adapted_product, adapter_mask, attend_update, update
 from melora_jax.core.report import Site
 from melora_jax.nn.layer_view import checked_view, view_of
-from melora_jax.nn.parallel import ParallelLinear
 from melora_jax.nn.quantized import QuantizedLinear
-from melora_jax.nn.sharding import DATA, FSDP, active_mesh
 
 
 class MELoRADense(nnx.Module):
@@ -138,7 +129,7 @@ class MELoRADense(nnx.Module):
         a, b = self._start(rngs.params(), d_in, d_out)
         self.a = MELoRAParam(a)
         self.b = MELoRAParam(b)
-        self.strategy: Strategy = self._chosen_strategy()
+        self.merges = may_merge(base, self.spec, None if self.mergeable else type(self).__name__, path)
 
     @classmethod
     def wrap(cls, layer: nnx.Module, spec: AdapterSpec, *, path: str, rngs: nnx.Rngs) -> MELoRADense:
@@ -220,11 +211,6 @@ class MELoRADense(nnx.Module):
         """Start values of a and b."""
         return init_factors(key, d_in, d_out, self.spec)
 
-    @property
-    def product(self) -> Adapter:
-        """The settings of the product x·A·B that is computed, of whose factors `factors` are."""
-        return self
-
     def factors(self) -> tuple[jax.Array, jax.Array]:
         """A and B as they are multiplied, `[n i r]` and `[n r o]`."""
         return self.a[...], self.b[...]
@@ -242,48 +228,34 @@ class MELoRADense(nnx.Module):
     @property
     def scale(self) -> np.ndarray:
         """s_k for each latent of `factors`, [n r]."""
-        return blocks.scale_of(self.product.spec)
+        return blocks.scale_of(self.product_spec(self.spec))
 
     def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         """The base layer's output plus the adapter's; further arguments go to the base layer."""
         if not self.enabled:
             return self.base(x, *args, **kwargs)
-        mesh = self._own_mesh()
-        if self.strategy == "merged" and self._merges(x, mesh):
-            return merged_output(self.base, x, *self.factors(), self.spec, mesh)
-        if mesh is not None:
-            return product_with_adapter(
-                self.base, mesh, x, self._factors_for, self.scale, self.product.spec, self.strategy, self.path
-            )
+        plan = self.plan_for(x.shape, self._view_for_call(*args, **kwargs))
+        (a, b), keep = self.factors(), adapter_mask(plan, x.shape, self.path)
+        if plan.cut is not None:
+            return output_on_mesh(self.base, plan, x, a, b, keep)
+        if plan.strategy == "merged" or (computes_a_dense_product(self.base) and not (args or kwargs)):
+            kernel, bias = kernel_and_bias(self.base, x)
+            return adapted_product(plan, x, kernel, a, b, keep, bias)
         y = self.base(x, *args, **kwargs)
-        given = self.product, self._view_for_call(*args, **kwargs), x, y, *self.factors()
-        n, _, r = self.a.shape
-        return output_with_update(*given) if sums_whole(self.base, n, r) else y + update_of(*given)
+        return y + update(plan, x, a, b, keep, y.dtype)
 
-    def _chosen_strategy(self) -> Strategy:
-        product = self.product.spec
-        variant = None if self.mergeable else type(self).__name__
-        return chosen_strategy(self.base, self.spec, product.n * max(product.r), variant, self.path)
+    def plan_for(self, shape: tuple[int, ...], view: DenseView | None = None) -> ProductPlan:
+        """How the product for an input of `shape` is computed, on the mesh in force and the platform traced for."""
+        return plan_layer(self.base, self.product_spec(self.spec), view or self.view, shape, self.merges)
 
-    def _own_mesh(self) -> AbstractMesh | None:
-        """The mesh in force, if the base is one of our layers and so cuts its product itself."""
-        ours = isinstance(self.base, ParallelLinear | QuantizedLinear) and self.base.cut is not None
-        return active_mesh() if ours else None
-
-    def _merges(self, x: jax.Array, mesh: AbstractMesh | None) -> bool:
-        if mesh is not None and why_unmergeable_on(mesh, self.base, self.spec):
-            return False
-        devices = 1 if mesh is None else mesh.shape[DATA] * mesh.shape[FSDP]
-        return self.strategy_for(x.size // x.shape[-1] // devices) == "merged"
+    @property
+    def strategy(self) -> Strategy:
+        """What `spec.strategy` stands for on many tokens, on the platform traced for."""
+        return planned_strategy(self.product_spec(self.spec), self.merges)
 
     def strategy_for(self, tokens: int) -> Strategy:
-        """What `strategy` stands for with so many tokens on a device: "auto" forms W + ΔW where that pays."""
-        return strategy_on(tokens, self.strategy, self.spec.strategy, self.a.shape, self.b.shape)
-
-    def _factors_for(self, y: jax.Array | jax.ShapeDtypeStruct) -> tuple[jax.Array, jax.Array]:
-        """A and B in the dtype of the computation."""
-        a, b = self.factors()
-        return in_dtype_of(self, a, y), in_dtype_of(self, b, y)
+        """What `spec.strategy` stands for with so many tokens on a device: "auto" forms W + ΔW where that pays."""
+        return plan_product(self.product_spec(self.spec), self.view, tokens, mergeable=self.merges).strategy
 
     def _view_for_call(self, *args: Any, **kwargs: Any) -> DenseView:
         """The base's view, or that of an equation given to an Einsum at the call."""
@@ -297,7 +269,10 @@ class MELoRADense(nnx.Module):
         if not isinstance(self.base, nnx.Embed):
             raise AttributeError(f"{type(self.base).__name__!r} at {self.path} has no attend; only an Embed has")
         y = self.base.attend(query, **kwargs)
-        return y if not self.enabled else y + attend_update(self.product, self.view, query, y, *self.factors())
+        if not self.enabled:
+            return y
+        plan = plan_product(self.product_spec(self.spec), self.view)
+        return y + attend_update(plan, query, *self.factors(), y.dtype)
 
     def delta(self) -> jax.Array:
         """ΔW as a flat `[d_in, d_out]` array in float32."""
@@ -310,7 +285,7 @@ class MELoRADense(nnx.Module):
     def merged(self) -> jax.Array:
         """W + ΔW in the base kernel's layout and dtype, summed in float32 at least."""
         return merged_kernel(
-            self.product.spec, self.view, getattr(self.base, self.view.kernel_name)[...], *self.factors()
+            self.product_spec(self.spec), self.view, getattr(self.base, self.view.kernel_name)[...], *self.factors()
         )
 
     # Hosts read these off a layer; they see the base's. A host that computes with `kernel` itself, instead of

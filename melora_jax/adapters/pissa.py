@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +11,7 @@ from flax import nnx
 
 from melora_jax.adapters.melora import MELoRADense
 from melora_jax.adapters.params import StartParam
-from melora_jax.config import AdapterSpec, Strategy
-from melora_jax.core.adapter_update import Adapter
+from melora_jax.config import AdapterSpec
 from melora_jax.core.dense_view import DenseView, unadaptable
 from melora_jax.core.initializers import difference, difference_spec, from_kernel, principal_factors
 from melora_jax.nn.layer_view import refuse_mesh
@@ -82,27 +79,6 @@ class PiSSADense(MELoRADense):
         # Copies, since a step that donates the factors must not delete their start.
         return from_kernel(jnp.copy, start[0]), from_kernel(jnp.copy, start[1])
 
-    @property
-    def product(self) -> Adapter:
-        """The difference, as a plain adapter of twice the ranks."""
-        return _Difference(self.product_spec(self.spec), self)
-
     def factors(self) -> tuple[jax.Array, jax.Array]:
         """Factors of A·B - A_0·B_0, `[n i 2r]` and `[n 2r o]`."""
         return difference(self.a[...], self.b[...], self.a_start[...], self.b_start[...])
-
-
-@dataclasses.dataclass(frozen=True)
-class _Difference:
-    """The settings of the product that a layer computes."""
-
-    spec: AdapterSpec
-    layer: Any
-
-    @property
-    def strategy(self) -> Strategy:
-        return self.layer.strategy
-
-    @property
-    def path(self) -> str:
-        return self.layer.path

@@ -8,21 +8,17 @@ of the factors cross.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from melora_jax.config import AdapterSpec, Strategy
-from melora_jax.core import blocks
-from melora_jax.core.dropout import drop, keep_mask
-from melora_jax.core.products.device_part import at_own_part, own_part
-from melora_jax.nn.parallel import Beside, Form
-from melora_jax.nn.quantized import QuantizedLinear
+from melora_jax.config import AdapterSpec
+from melora_jax.core.products.cut import Cut, Form
+from melora_jax.core.products.plan import ProductPlan
+from melora_jax.core.products.product import adapted_product, update
+from melora_jax.nn.parallel import cut_product, require_mesh
 from melora_jax.nn.sharding import TENSOR, batch_spec, mesh_of
 
 
@@ -69,79 +65,48 @@ def _whole_note(kernel: object, spec: AdapterSpec) -> str | None:
     return None if reason is None else f"factors whole on each device, as {reason}"
 
 
-def product_with_adapter(
-    base: Any,
-    mesh: AbstractMesh,
-    x: jax.Array,
-    factors_for: Callable[[Any], tuple[jax.Array, jax.Array]],
-    scale: np.ndarray,
-    spec: AdapterSpec,
-    strategy: Strategy,
-    path: str,
-) -> jax.Array:
-    """A dense layer's output plus its adapter's, each device's parts of both summed before anything is sent.
+def cut_of(base: Any, spec: AdapterSpec, mesh: AbstractMesh) -> Cut:
+    """How a mesh cuts the product of a layer of ours and its adapter.
 
     Args:
-      base: a `ParallelLinear`, or one of these quantised.
+      base: a `ParallelLinear`, or a `QuantizedLinear` that was one.
+      spec: the adapter.
       mesh: the mesh in force.
-      x: its input `[..., d_in]`.
-      factors_for: A and B in the dtype that goes with an output's.
-      scale, spec, strategy, path: as for `beside_base`.
     """
     form: Form = base.cut.form(mesh)
-    if isinstance(base, QuantizedLinear):
-        like = jax.ShapeDtypeStruct((*x.shape[:-1], base.out_features), base.dtype)
-        return base.on_mesh(x, beside_base(form, mesh, x, factors_for(like), scale, spec, strategy, path))
-    bias = None if base.bias is None else base.bias[...]
-    x, kernel, bias = base.promote_dtype((x, base.kernel[...], bias), dtype=base.dtype)
-    output = functools.partial(jnp.matmul, preferred_element_type=base.preferred_element_type)
-    factors = factors_for(jax.eval_shape(output, x, kernel))
-    beside = beside_base(form, mesh, x, factors, scale, spec, strategy, path)
-    options = {"precision": base.precision, "preferred_element_type": base.preferred_element_type}
-    y = base.cut.product(x, kernel, beside, **options)
-    return y if bias is None else y + bias
+    minis = form != "whole" and why_whole(spec, mesh.shape[TENSOR]) is None
+    return Cut(form, minis, TENSOR, mesh.shape[TENSOR])
 
 
-def beside_base(
-    form: Form,
-    mesh: AbstractMesh,
-    x: jax.Array,
-    factors: tuple[jax.Array, jax.Array],
-    scale: np.ndarray,
-    spec: AdapterSpec,
-    strategy: Strategy,
-    path: str,
-) -> Beside:
-    """What the adapter adds on each device.
+def output_on_mesh(
+    base: Any, plan: ProductPlan, x: jax.Array, a: jax.Array, b: jax.Array, keep: jax.Array | None
+) -> jax.Array:
+    """A layer's output with its adapter on the mesh in force, each device's parts of both summed before any is sent.
 
     Args:
-      form: how the base's kernel is cut.
-      mesh: the mesh in force.
-      x: the layer's input `[..., d_in]`, of which the shape is used and, for the dropout mask, nothing else.
-      factors: A and B in the dtype of the computation.
-      scale: s_k, [n r].
-      spec: the adapter.
-      strategy: how its product is computed.
-      path: of its dropout.
+      base: a `ParallelLinear`, or a `QuantizedLinear` that was one.
+      plan: of the product, with its cut.
+      x: the input `[..., d_in]`.
+      a, b: the factors.
+      keep: the adapter's dropout mask `[..., d_in]`, drawn for the whole input, so that it does not depend on the mesh.
     """
-    cut = form != "whole" and why_whole(spec, mesh.shape[TENSOR]) is None
+    mesh, own = require_mesh(), base.local_product(x)
+    along = TENSOR if plan.cut is not None and plan.cut.minis else None
+    rows = batch_spec(x.shape, mesh)
+    operands, specs = [a, b], [PartitionSpec(along), PartitionSpec(along)]
+    if keep is not None:
+        operands.append(keep)
+        specs.append(PartitionSpec(*rows[:-1], along))
 
-    def add(y: jax.Array, x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, *keep: jax.Array) -> jax.Array:
-        x = own_part(x, TENSOR) if cut and form == "column" else x
-        x = drop(x.astype(a.dtype), keep[0], spec.dropout) if keep else x.astype(a.dtype)
-        x = at_own_part(x, TENSOR) if form == "row" and not cut else x
-        update = blocks.apply(x, a, b, scale, spec.mixer, strategy)
-        if form == "row" and cut:
-            update = at_own_part(update, TENSOR)
-        elif form == "column" and not cut:
-            update = own_part(update, TENSOR)
-        return y + update.astype(y.dtype)
+    def local(x: jax.Array, *given: jax.Array) -> jax.Array:
+        weights, (a, b, *kept) = given[: len(own.weights)], given[len(own.weights) :]
+        if plan.strategy == "merged":
+            # Their gradients differ from device to device, as the rows do; leaving the shard_map they are summed.
+            over = rows[0] or ()
+            kernel, a, b = (jax.lax.pcast(array, over, to="varying") if over else array for array in (*weights, a, b))
+            return adapted_product(plan, x, kernel, a, b)
+        y = own.dot(x, *weights)
+        return y + update(plan, x, a, b, kept[0] if kept else None, y.dtype)
 
-    along = PartitionSpec(TENSOR) if cut else PartitionSpec()
-    operands, specs = (*factors, jnp.asarray(scale)), (along, along, along)
-    # Drawn out here, over the whole input: which device holds what does not change a mask.
-    keep = keep_mask(x.shape, spec.dropout, path)
-    if keep is None:
-        return Beside(add, operands, specs)
-    own = TENSOR if cut or form == "row" else None
-    return Beside(add, (*operands, keep), (*specs, PartitionSpec(*batch_spec(x.shape, mesh)[:-1], own)))
+    y = cut_product(base.cut, local, own.x, (*own.weights, *operands), (*own.specs, *specs))
+    return y if own.bias is None else y + own.bias.astype(y.dtype)

@@ -20,12 +20,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Shaped
 
-from melora_jax.config import AdapterSpec, Mixer, Strategy
-from melora_jax.core.platform import platform
-from melora_jax.core.products.block_diagonal import block_diagonal, block_diagonal_product
-from melora_jax.core.products.plan import unmerged
+from melora_jax.config import AdapterSpec, Mixer
 
 
 def scale_of(spec: AdapterSpec) -> np.ndarray:
@@ -58,68 +55,24 @@ def mix(z: Shaped[Array, "... n r"], mixer: Mixer) -> Shaped[Array, "... n r"]:
     return z.reshape(*batch, n, n, r // n).swapaxes(-3, -2).reshape(z.shape)
 
 
-def apply(
-    x: Float[Array, "... d_in"],
-    a: Float[Array, "n i r"],
-    b: Float[Array, "n r o"],
-    scale: Float[Array, "n r"] | Float[np.ndarray, "n r"],
-    mixer: Mixer = "identity",
-    strategy: Strategy = "batched",
-) -> Float[Array, "... d_out"]:
-    """The adapter's output x·ΔW, without forming ΔW.
+def block_diagonal(blocks: Float[Array, "n p q"]) -> Float[Array, "np nq"]:
+    """The blocks laid out along the diagonal of one zero-filled matrix.
 
-    >>> one = jnp.ones((2, 1, 1))
-    >>> apply(jnp.array([3.0, 5.0]), one, one, np.array([[1.0], [2.0]], np.float32)).tolist()
-    [3.0, 10.0]
+    >>> block_diagonal(jnp.array([[[1.0, 2.0]], [[3.0, 4.0]]])).tolist()
+    [[1.0, 2.0, 0.0, 0.0], [0.0, 0.0, 3.0, 4.0]]
     """
-    return expand(reduce(x, a, strategy, mixer), b, scale, mixer, strategy)
+    n, p, q = blocks.shape
+    block, column = (jax.lax.broadcasted_iota(jnp.int32, (n, p, n, q), axis) for axis in (0, 2))
+    return jnp.where(block == column, blocks[:, :, None, :], 0).reshape(n * p, n * q)
 
 
-def reduce(
-    x: Float[Array, "... d_in"], a: Float[Array, "n i r"], strategy: Strategy, mixer: Mixer = "identity"
-) -> Float[Array, "... n r"]:
-    """The latents of every mini, x_k·A_k."""
-    n, i, r = a.shape
-    batch = x.shape[:-1]
-    if mixer == "scatter":
-        x = x[..., feature_order(n * i, 0)]
-    # One axis of rows: of several, XLA on CPU would lay x out anew for the gradient of A, transposed, and compute again
-    # in that order what made it (MiniLM, all linear layers adapted: 310 of 1,130 ms a step for six GELUs).
-    if unmerged(strategy, n * r, platform()) == "packed":
-        return block_diagonal_product(x.reshape(-1, n * i), a).reshape(*batch, n, r)
-    z = jax.vmap(jnp.matmul, in_axes=(1, 0), out_axes=1)(x.reshape(-1, n, i), a)
-    return z.reshape(*batch, n, r)
+def exact_product(left: Float[Array, "*n p r"], right: Float[Array, "*n r q"]) -> Float[Array, "*n p q"]:
+    """left @ right, exact to the dtype's rounding on every device.
 
-
-def look_up(
-    ids: Int[Array, "*batch"], a: Float[Array, "n i r"], keep: Float[Array, "*batch"], mixer: Mixer = "identity"
-) -> Float[Array, "*batch n r"]:
-    """The latents of a one-hot input of width n·i that is given as indices (an embedding's), times `keep`."""
-    n, i, r = a.shape
-    ids = jnp.where(ids < 0, ids + n * i, ids)  # counted from the end, as the embedding itself takes them
-    if mixer == "scatter":
-        ids = jnp.take(jnp.asarray(np.argsort(feature_order(n * i, 0)), ids.dtype), ids)
-    rows = jnp.take(a.reshape(n * i, r), ids, axis=0)
-    hit = jax.nn.one_hot(ids // i, n, dtype=a.dtype) * keep[..., None]
-    return hit[..., :, None] * rows[..., None, :]
-
-
-def expand(
-    z: Float[Array, "... n r"],
-    b: Float[Array, "n r o"],
-    scale: Float[Array, "n r"] | Float[np.ndarray, "n r"],
-    mixer: Mixer,
-    strategy: Strategy,
-) -> Float[Array, "... d_out"]:
-    """From latents to the output: concat_k( (M·s·z)_k·B_k )."""
-    n, r, o = b.shape
-    z = mix(z * jnp.asarray(scale, z.dtype), mixer)
-    if unmerged(strategy, n * r, platform()) == "packed":
-        y = block_diagonal_product(z.reshape(-1, n * r), b)
-    else:
-        y = jax.vmap(jnp.matmul, in_axes=(1, 0), out_axes=1)(z.reshape(-1, n, r), b)
-    y = y.reshape(*z.shape[:-2], n * o)
-    return y[..., np.argsort(feature_order(n * o, 1))] if mixer == "scatter" else y
+    >>> exact_product(jnp.array([[3.0, 5.0]]), jnp.array([[7.0], [11.0]])).tolist()
+    [[76.0]]
+    """
+    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
 
 
 def packed_factors(
@@ -150,5 +103,4 @@ def delta(
     a: Float[Array, "n i r"], b: Float[Array, "n r o"], scale: Float[np.ndarray, "n r"], mixer: Mixer = "identity"
 ) -> Float[Array, "d_in d_out"]:
     """ΔW in float32, at the highest matmul precision: what `merge` adds to the kernel."""
-    left, right = packed_factors(a.astype(jnp.float32), b.astype(jnp.float32), scale, mixer)
-    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
+    return exact_product(*packed_factors(a.astype(jnp.float32), b.astype(jnp.float32), scale, mixer))

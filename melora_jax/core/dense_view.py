@@ -47,6 +47,13 @@ class DenseView:
         x = jnp.moveaxis(x, sorted(axes) if self.ascending else axes, range(-len(axes), 0))
         return x.reshape(*x.shape[: x.ndim - len(self.in_axes)], self.d_in)
 
+    def flat_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of `flatten_input` for an input of `shape`; an array of indices stays as it is."""
+        if self.lookup:
+            return shape
+        axes = {axis % len(shape) for axis in self.in_axes}
+        return (*[size for axis, size in enumerate(shape) if axis not in axes], self.d_in)
+
     def unflatten_output(self, y: jax.Array) -> jax.Array:
         """`[..., d_out]` in the layout of the layer's output."""
         y = y if self.batch is None else jnp.einsum(self.batch, y)

@@ -12,8 +12,6 @@ from flax.core import meta
 
 from melora_jax.config import AdapterSpec, MELoRAConfig
 from melora_jax.core.dense_view import unadaptable
-from melora_jax.core.platform import platform
-from melora_jax.core.products.plan import choose_strategy
 from melora_jax.core.report import Adaptation
 from melora_jax.core.targeting import NamedModule, require_factors_alone, selection_of
 from melora_jax.linen.adapted_module import AdaptedModule
@@ -80,8 +78,7 @@ def _planned(module: NamedModule, spec: AdapterSpec) -> LinenSite:
     if layer is None:
         raise unadaptable(path, module.node.reason)
     check_sizes(layer.view.d_in, layer.view.d_out, spec.n, path)
-    strategy = choose_strategy(spec.strategy, spec.n * max(spec.r), platform())
-    return LinenSite(path, spec, strategy, layer)
+    return LinenSite(path, spec, layer)
 
 
 def _as_float32(value: jax.Array) -> jax.Array:

@@ -11,10 +11,12 @@ import jax
 from flax.core import meta
 
 from melora_jax.config import AdapterSpec, Strategy
-from melora_jax.core.adapter_update import attend_update, merged_kernel, update_of
 from melora_jax.core.dense_view import unadaptable, view_at_call
 from melora_jax.core.dropout import numbered_layer
 from melora_jax.core.initializers import init_factors, start_key
+from melora_jax.core.products.merged import merged_kernel
+from melora_jax.core.products.plan import plan_product, planned_strategy
+from melora_jax.core.products.product import adapter_mask, attend_update, update
 from melora_jax.core.report import Site
 from melora_jax.linen.trace import Layer
 from melora_jax.linen.tree import Flat, Path, parts
@@ -26,8 +28,12 @@ class LinenSite:
 
     path: str
     spec: AdapterSpec
-    strategy: Strategy
     layer: Layer
+
+    @property
+    def strategy(self) -> Strategy:
+        """What `spec.strategy` stands for on the platform traced for."""
+        return planned_strategy(self.spec)
 
     def row(self) -> Site:
         """The site as `print(adapted)` shows it: its parameters are those of all copies of the layer."""
@@ -75,9 +81,10 @@ class LinenSite:
         if a is None or b is None or {"a": a.shape, "b": b.shape} != self.spec.shapes(view.d_in, view.d_out):
             raise unadaptable(self.path, "a transform around it changes the shapes of params")
         if method == "attend":
-            return attend_update(self, view, x, y, a, b)
+            return attend_update(plan_product(self.spec, view), x, a, b, y.dtype)
         if equation is not None and self.layer.equation is not None:
             view = view_at_call(equation, self.layer.equation, self.layer.kernel_shape, self.path)
         in_stack = numbered_layer(factors["number"].reshape(())) if "number" in factors else contextlib.nullcontext()
         with in_stack:
-            return update_of(self, view, x, y, a, b)
+            plan = plan_product(self.spec, view)
+            return update(plan, x, a, b, adapter_mask(plan, x.shape, self.path), y.dtype)

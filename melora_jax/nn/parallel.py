@@ -10,31 +10,35 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
+from jax.typing import DTypeLike
 
+from melora_jax.core.products.cut import Form
+from melora_jax.core.products.product import dense_product
 from melora_jax.nn.sharding import TENSOR, active_mesh, batch_spec, mesh_of
 
-Form = Literal["column", "row", "whole"]
 
-
-@dataclasses.dataclass(frozen=True)
-class Beside:
-    """What a device adds to its part of a product, before partial sums are summed.
+class LocalProduct(NamedTuple):
+    """The product of a layer on the mesh in force, ready for `cut_product`.
 
     Attributes:
-      add: `(y, x, *operands) -> y` on one device's parts.
-      operands: further arrays.
-      specs: how each of them is cut.
+      dot: `(x, *weights) -> y` on one device's parts.
+      x: the layer's input.
+      weights: what `dot` takes beside it.
+      specs: how each of the weights is cut.
+      bias: what is added at the end, or None.
     """
 
-    add: Callable[..., jax.Array]
-    operands: tuple[jax.Array, ...]
+    dot: Callable[..., jax.Array]
+    x: jax.Array
+    weights: tuple[jax.Array, ...]
     specs: tuple[PartitionSpec, ...]
+    bias: jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,63 +68,64 @@ class KernelCut:
         form = self.form(mesh)
         return PartitionSpec(TENSOR if form == "row" else None, TENSOR if form == "column" else None)
 
-    def dot(self, x: jax.Array, kernel: jax.Array, **options: Any) -> jax.Array:
+    def dot(
+        self, x: jax.Array, kernel: jax.Array, precision: Any = None, output_dtype: DTypeLike | None = None
+    ) -> jax.Array:
         """x·kernel, cut where a mesh is in force.
 
         Args:
           x: `[..., d_in]`, the first axis being the batch.
           kernel: `[d_in, d_out]`.
-          **options: of `jax.lax.dot_general`.
+          precision, output_dtype: as `precision` and `preferred_element_type` of `jax.lax.dot_general`.
 
         Raises:
           ValueError: the kernel is seen to lie on a mesh that is not in force: XLA would be left to partition.
         """
         if active_mesh() is None:
-            _require_one_device(kernel)
-            return dense_dot(x, kernel, **options)
-        return self.product(x, kernel, **options)
+            require_one_device(kernel)
+            return dense_product(x, kernel, precision, output_dtype)
+        return self.product(x, kernel, precision, output_dtype)
 
-    def product(self, x: jax.Array, kernel: jax.Array, beside: Beside | None = None, **options: Any) -> jax.Array:
-        """x·kernel, plus what stands beside it, on the mesh in force."""
-        local = functools.partial(dense_dot, **options)
-        return self.product_by(local, x, (kernel,), (self.kernel_spec(require_mesh()),), beside)
-
-    def product_by(
-        self,
-        dot: Callable[..., jax.Array],
-        x: jax.Array,
-        weights: tuple[jax.Array, ...],
-        specs: tuple[PartitionSpec, ...],
-        beside: Beside | None = None,
-    ) -> jax.Array:
-        """The same for a kernel that is made of `weights`, cut as `specs` say: `dot(x, *weights)` on one's parts."""
-        mesh = require_mesh()
-        form = self.form(mesh)
-        rows = batch_spec(x.shape, mesh)[:-1]
-        extra = Beside(lambda y, x: y, (), ()) if beside is None else beside
-
-        def local(x: jax.Array, *operands: jax.Array) -> jax.Array:
-            if form == "column":
-                # Once, so that the backward pass sums one gradient of x, not the base's and the adapter's apart.
-                x = jax.lax.pcast(x, TENSOR, to="varying")
-            y = dot(x, *operands[: len(weights)])
-            y = extra.add(y, x, *operands[len(weights) :])
-            return jax.lax.psum(y, TENSOR) if form == "row" else y
-
-        over_in, over_out = (TENSOR if form == "row" else None), (TENSOR if form == "column" else None)
-        return jax.shard_map(
-            local,
-            in_specs=(PartitionSpec(*rows, over_in), *specs, *extra.specs),
-            out_specs=PartitionSpec(*rows, over_out),
-        )(x, *weights, *extra.operands)
+    def product(self, x: jax.Array, kernel: jax.Array, precision: Any, output_dtype: DTypeLike | None) -> jax.Array:
+        """x·kernel on the mesh in force."""
+        local = functools.partial(dense_product, precision=precision, output_dtype=output_dtype)
+        return cut_product(self, local, x, (kernel,), (self.kernel_spec(require_mesh()),))
 
 
-def dense_dot(x: jax.Array, kernel: jax.Array, **options: Any) -> jax.Array:
-    """x·kernel over the last axis of x, with the options of `jax.lax.dot_general`."""
-    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), **options)
+def cut_product(
+    cut: KernelCut,
+    dot: Callable[..., jax.Array],
+    x: jax.Array,
+    weights: tuple[jax.Array, ...],
+    specs: tuple[PartitionSpec, ...],
+) -> jax.Array:
+    """A dense layer's product on the mesh in force: `dot(x, *weights)` on each device's parts, summed where it must be.
+
+    Args:
+      cut: how the kernel may be cut.
+      dot: gives one device's part of the output, or its partial sum where the kernel is cut by its inputs.
+      x: `[..., d_in]`, the first axis being the batch.
+      weights: the kernel, or what it is made of, and whatever else `dot` takes.
+      specs: how each of the weights is cut.
+    """
+    mesh = require_mesh()
+    form = cut.form(mesh)
+    rows = batch_spec(x.shape, mesh)[:-1]
+
+    def local(x: jax.Array, *weights: jax.Array) -> jax.Array:
+        if form == "column":
+            # Once, so that the backward pass sums one gradient of x, not the base's and the adapter's apart.
+            x = jax.lax.pcast(x, TENSOR, to="varying")
+        y = dot(x, *weights)
+        return jax.lax.psum(y, TENSOR) if form == "row" else y
+
+    over_in, over_out = (TENSOR if form == "row" else None), (TENSOR if form == "column" else None)
+    in_specs, out_spec = (PartitionSpec(*rows, over_in), *specs), PartitionSpec(*rows, over_out)
+    return jax.shard_map(local, in_specs=in_specs, out_specs=out_spec)(x, *weights)
 
 
-def _require_one_device(kernel: jax.Array) -> None:
+def require_one_device(kernel: jax.Array) -> None:
+    """Raises ValueError if a kernel is seen to lie on a mesh, where none is in force."""
     mesh = mesh_of(kernel)
     if mesh is not None and mesh.size > 1:
         raise ValueError("the model lies on a mesh that is not in force; call it inside `with jax.set_mesh(mesh):`")
@@ -141,10 +146,20 @@ class ParallelLinear(nnx.Linear):
         Raises:
           ValueError: the kernel lies on a mesh that is not in force.
         """
-        bias = None if self.bias is None else self.bias[...]
-        x, kernel, bias = self.promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
-        y = self.cut.dot(x, kernel, precision=self.precision, preferred_element_type=self.preferred_element_type)
+        x, kernel, bias = self.promoted(inputs)
+        y = self.cut.dot(x, kernel, self.precision, self.preferred_element_type)
         return y if bias is None else y + bias
+
+    def promoted(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """The input, the kernel and the bias in the dtype of the computation."""
+        bias = None if self.bias is None else self.bias[...]
+        return self.promote_dtype((x, self.kernel[...], bias), dtype=self.dtype)
+
+    def local_product(self, x: jax.Array) -> LocalProduct:
+        """The layer's product on the mesh in force, for `cut_product`."""
+        x, kernel, bias = self.promoted(x)
+        dot = functools.partial(dense_product, precision=self.precision, output_dtype=self.preferred_element_type)
+        return LocalProduct(dot, x, (kernel,), (self.cut.kernel_spec(require_mesh()),), bias)
 
 
 class Table(nnx.Embed):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from melora_jax.nn.parallel import Beside, KernelCut, ParallelLinear, require_mesh
+from melora_jax.nn.parallel import KernelCut, LocalProduct, ParallelLinear, cut_product, require_mesh
 from melora_jax.nn.sharding import active_mesh, mesh_of
 from melora_jax.nn.tree import path_of, rewrite, walk
 
@@ -79,28 +79,29 @@ class QuantizedLinear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         if active_mesh() is not None and self.cut is not None:
-            return self.on_mesh(x)
-        y: Any = _product(x.astype(self.dtype), self.codes[...], self.scale[...], self.qtype)
+            own = self.local_product(x)
+            y: Any = cut_product(self.cut, own.dot, own.x, own.weights, own.specs)
+        else:
+            y = _product(x.astype(self.dtype), self.codes[...], self.scale[...], self.qtype)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
-    def on_mesh(self, x: jax.Array, beside: Beside | None = None) -> jax.Array:
-        """The output on the mesh in force, each device making its part of W_q; `beside` as in `KernelCut.product`."""
-        cut = self.cut or KernelCut()
-        mesh, codes, scale = require_mesh(), self.codes[...], self.scale[...]
-        kernel, tile = cut.kernel_spec(mesh), self.in_features // scale.shape[0]
+    def local_product(self, x: jax.Array) -> LocalProduct:
+        """The layer's product on the mesh in force, for `cut_product`: each device makes its part of W_q."""
+        codes, scale, mesh = self.codes[...], self.scale[...], require_mesh()
+        kernel, tile = (self.cut or KernelCut()).kernel_spec(mesh), self.in_features // scale.shape[0]
         over_in, over_out = kernel
         whole = over_in is not None and scale.shape[0] % mesh.shape[over_in] != 0
 
         def dot(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
             if whole and scale.shape[0] > 1:
-                # Tiles that reach over the edges between devices: the scale of each of one's own inputs.
+                # Tiles that reach over the edges between devices: take the scale of each of the device's own inputs.
                 first = jax.lax.axis_index(over_in) * codes.shape[0]
                 scale = jnp.take(scale, (first + jnp.arange(codes.shape[0])) // tile, axis=0)
             return _product(x, codes, scale, self.qtype)
 
         specs = (kernel, PartitionSpec(None if whole else over_in, over_out))
-        y = cut.product_by(dot, x.astype(self.dtype), (codes, scale), specs, beside)
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        bias = None if self.bias is None else self.bias[...].astype(self.dtype)
+        return LocalProduct(dot, x.astype(self.dtype), (codes, scale), specs, bias)
 
     @property
     def kernel(self) -> jax.Array:

@@ -28,8 +28,6 @@ from flax import nnx
 from melora_jax.adapters.melora import MELoRADense
 from melora_jax.adapters.params import FrozenParam
 from melora_jax.core.dropout import adapter_dropout, rounded_rate
-from melora_jax.core.platform import platform
-from melora_jax.core.products.plan import unmerged
 from melora_jax.nn.sharding import mesh_of_tree
 from melora_jax.nn.tree import path_of, walk
 from melora_jax.training.step import Batch, Loss, Metrics, TrainState, step_of
@@ -277,8 +275,7 @@ def _as(member: Members, model: nnx.Module) -> Iterator[None]:
     """Gives `model` the member's alpha, permanently, and inside the block the member's dropout rate."""
     for layer in _merged_layers(model):
         # Merged products would need W + ΔW for each member, and admit no dropout; otherwise all members share x·W.
-        latents = layer.product.spec.n * max(layer.product.spec.r)
-        layer.strategy = unmerged(layer.strategy, latents, platform())
+        layer.merges = False
     if member.alpha is not None:
         for layer in {id(node): node for _, node in walk(model) if isinstance(node, MELoRADense)}.values():
             layer.multiply_alpha(member.alpha)

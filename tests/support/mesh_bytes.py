@@ -14,6 +14,7 @@ import melora_jax as mj
 from melora_jax.config import AdapterSpec
 from melora_jax.core import blocks, initializers
 from melora_jax.core.dropout import dropout_key
+from melora_jax.core.products import latents
 from melora_jax.nn.parallel import KernelCut, ParallelLinear
 from melora_jax.nn.sharding import put
 from tests.support.collectives import bytes_by_axes, over
@@ -58,7 +59,7 @@ def free_bytes(form: str, mesh: Mesh, n: int, r: int, strategy: Any) -> dict[str
 
     def value(factors: Any, x: jax.Array, kernel: jax.Array, key: jax.Array) -> jax.Array:
         del key
-        y = x @ kernel + blocks.apply(x, *factors, blocks.scale_of(spec), strategy=strategy)
+        y = x @ kernel + latents.apply(x, *factors, blocks.scale_of(spec), strategy=strategy)
         batch = ("data", "fsdp")
         return (jax.lax.with_sharding_constraint(y, PartitionSpec(batch, None, features[0])) ** 2).sum()
 

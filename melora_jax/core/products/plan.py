@@ -1,81 +1,149 @@
-"""Which way of computing an adapter's product is taken, by what was measured."""
+"""How x·W + x·ΔW is computed, decided once from shapes, dtype, mesh and platform."""
 
 from __future__ import annotations
 
-from melora_jax.config import Strategy
+import dataclasses
+from typing import Any, Literal
 
-# The packed form does n times the arithmetic of the batched one, in one wide product instead of n narrow ones.
-# Up to this many latents the width is worth it: measured on CPU; elsewhere one 128-wide matrix unit is assumed.
+from melora_jax.config import AdapterSpec, Strategy
+from melora_jax.core.dense_view import DenseView
+from melora_jax.core.platform import platform
+from melora_jax.core.products.cut import Cut
+
+Gradients = Literal["blocks", "latents"]
+
+# `packed` does n times the arithmetic of `batched`, in one wide product instead of n narrow ones. Up to this many
+# latents the width is worth it; elsewhere than on CPU, one matrix unit 128 wide is assumed.
 PACKED_LATENTS = {"cpu": 32}
 PACKED_LATENTS_ELSEWHERE = 128
-# Above this many latents W + ΔW is formed instead, where that can be done (`merged_product`). On 2 CPU cores MiniLM's
-# step, all linear layers adapted, over the frozen limit, packed : merged: n=1 r=1 1.01 : 1.03, n=1 r=8 1.19 : 1.15, n=8
-# r=8 1.46 : 1.16; of rank 1 see `merging_pays`. Not measured elsewhere, and so not taken there.
+# Above this many latents "auto" forms W + ΔW, where it may. Elsewhere that was not measured, and so is not taken.
 MERGED_LATENTS = {"cpu": 1}
-# Below this many tokens (generation) forming W + ΔW costs more than it saves.
+# From this rank on, one mini's ΔW and its gradient cost more than the products with its latents.
+LARGEST_MERGED_RANK_OF_ONE = 63
+# With fewer tokens, as in generation, forming W + ΔW costs more than it saves.
 MERGED_TOKENS = 256
 
 
-def choose_strategy(strategy: Strategy, latents: int, backend: str, mergeable: bool = False) -> Strategy:
-    """The strategy that `"auto"` stands for on a platform; others are returned as they are.
+@dataclasses.dataclass(frozen=True)
+class ProductPlan:
+    """How one product x·W + x·ΔW is computed. Plans of equal layers are equal.
+
+    Attributes:
+      strategy: "batched", "packed" or "merged".
+      spec: the adapter: its scale, mixer, rate of dropout, and the dtype of its products.
+      view: how the layer's input and output lie flat.
+      platform: where it will run.
+      gradients: how "merged" computes the factors' gradients: from the blocks x_kᵀg_k, or by way of the latents.
+      cut: how a mesh cuts the product; None on one device.
+      precision, output_dtype: of the product with W, as in `jax.lax.dot_general`; None for their defaults.
+    """
+
+    strategy: Strategy
+    spec: AdapterSpec
+    view: DenseView
+    platform: str
+    gradients: Gradients = "latents"
+    cut: Cut | None = None
+    precision: Any = None
+    output_dtype: Any = None
+
+
+def plan_product(
+    spec: AdapterSpec,
+    view: DenseView,
+    tokens: int = 1,
+    *,
+    mergeable: bool = False,
+    cut: Cut | None = None,
+    precision: Any = None,
+    output_dtype: Any = None,
+    on: str | None = None,
+) -> ProductPlan:
+    """The plan of a product.
+
+    Args:
+      spec: the adapter whose factors are multiplied.
+      view: how the layer's input and output lie flat.
+      tokens: rows of the product on one device.
+      mergeable: whether "auto" may form W + ΔW.
+      cut: how a mesh cuts the product.
+      precision, output_dtype: of the product with W.
+      on: the platform; by default the one that is traced for.
+
+    >>> spec = AdapterSpec(n=8, r=(8,) * 8, alpha=(16.0,) * 8)
+    >>> plan = plan_product(spec, DenseView(384, 384), 2048, mergeable=True, on="cpu")
+    >>> plan.strategy, plan.gradients
+    ('merged', 'blocks')
+    """
+    on = on or platform()
+    n, r = spec.n, max(spec.r)
+    strategy = planned_strategy(spec, mergeable, on)
+    if strategy == "merged" and spec.strategy == "auto" and not merging_pays(tokens, n, r, view.d_in, view.d_out):
+        strategy = choose_strategy("auto", n, r, on)
+    held = n // cut.parts if cut is not None and cut.minis else n
+    by_blocks = spec.mixer == "identity" and blocks_cost_less(held, r, view.d_in // n, view.d_out // n)
+    gradients: Gradients = "blocks" if by_blocks else "latents"
+    return ProductPlan(strategy, spec, view, on, gradients, cut, precision, output_dtype)
+
+
+def planned_strategy(spec: AdapterSpec, mergeable: bool = False, on: str | None = None) -> Strategy:
+    """The strategy of an adapter's product on many tokens; "merged" gives way where W + ΔW may not be formed.
+
+    Args:
+      spec: the adapter.
+      mergeable: whether W + ΔW may be formed.
+      on: the platform; by default the one that is traced for.
+
+    >>> planned_strategy(AdapterSpec(n=1, r=(8,), alpha=(16.0,), strategy="merged"), on="cpu")
+    'packed'
+    """
+    asked = "auto" if spec.strategy == "merged" and not mergeable else spec.strategy
+    return choose_strategy(asked, spec.n, max(spec.r), on or platform(), mergeable)
+
+
+def choose_strategy(strategy: Strategy, n: int, r: int, on: str, mergeable: bool = False) -> Strategy:
+    """The strategy that "auto" stands for on many tokens; others are returned as they are.
 
     Args:
       strategy: what was asked for.
-      latents: n·r.
-      backend: the platform (`core.platform.platform`).
-      mergeable: whether W + ΔW can be formed at no loss.
+      n, r: the minis, and the widest of their ranks.
+      on: the platform.
+      mergeable: whether W + ΔW can be formed without loss.
 
-    >>> choose_strategy("auto", 8, "cpu"), choose_strategy("auto", 64, "cpu"), choose_strategy("auto", 64, "cpu", True)
-    ('packed', 'batched', 'merged')
+    >>> choose_strategy("auto", 8, 1, "cpu"), choose_strategy("auto", 8, 8, "cpu")
+    ('packed', 'batched')
+    >>> choose_strategy("auto", 8, 8, "cpu", True), choose_strategy("auto", 1, 64, "cpu", True)
+    ('merged', 'packed')
     """
     if strategy != "auto":
         return strategy
-    if mergeable and latents > MERGED_LATENTS.get(backend, latents):
+    latents = n * r
+    dense = n == 1 and r > LARGEST_MERGED_RANK_OF_ONE
+    if mergeable and not dense and latents > MERGED_LATENTS.get(on, latents):
         return "merged"
-    return "packed" if latents <= PACKED_LATENTS.get(backend, PACKED_LATENTS_ELSEWHERE) else "batched"
+    # Of one mini both do the same arithmetic.
+    return "packed" if n == 1 or latents <= PACKED_LATENTS.get(on, PACKED_LATENTS_ELSEWHERE) else "batched"
 
 
-def unmerged(strategy: Strategy, latents: int, backend: str) -> Strategy:
-    """The strategy by which an adapter is computed beside its base: what was asked for, and for `merged` the usual one.
+def merging_pays(tokens: int, n: int, r: int, d_in: int, d_out: int) -> bool:
+    """Whether forming W + ΔW costs less than the products with the latents that it saves.
 
-    >>> unmerged("merged", 8, "cpu"), unmerged("merged", 64, "cpu"), unmerged("packed", 64, "cpu")
-    ('packed', 'batched', 'packed')
-    """
-    return strategy if strategy != "merged" else choose_strategy("auto", latents, backend)
+    The latter take tokens·r·(d_in + d_out) multiplications in each pass. Against them stand r·d_in·o for the blocks of
+    ΔW, which may take a quarter of that, and W itself, which is read and written however few the latents are.
 
-
-def sums_columns(n: int, r: int, backend: str) -> bool:
-    """Whether "auto", where it does not merge, has the factors' gradients as sums over rows, column by column.
-
-    So it is where it takes `packed` for minis of rank 1 on CPU, in place of a product of which all but the diagonal
-    blocks are thrown away (`block_diagonal_product`).
-
-    >>> sums_columns(8, 1, "cpu"), sums_columns(8, 2, "cpu"), sums_columns(8, 1, "gpu"), sums_columns(64, 1, "cpu")
-    (True, False, False, False)
-    """
-    return backend == "cpu" and r == 1 and n <= PACKED_LATENTS[backend]
-
-
-def merging_pays(tokens: int, a: tuple[int, ...], b: tuple[int, ...]) -> bool:
-    """Whether W + ΔW is formed for less than the products with the latents that it saves.
-
-    Two things are to be weighed against the latter's tokens·r·(d_in + d_out) multiplications, in both passes: r·d_in·o
-    for the blocks of ΔW, of which at most a quarter may go there; and W itself, which is read and written however few
-    the latents are. SmolLM2's step (512 tokens), all linear layers adapted, over the frozen limit, packed : merged: n=8
-    r=1 1.07 : 1.09, n=32 r=1 1.10 : 1.12, n=8 r=8 1.22 : 1.17; MiniLM's (2,048 tokens): n=4 r=1 1.11 : 1.08, n=8 r=1
-    1.13 : 1.06, n=32 r=1 1.24 : 1.14. Since updates of rank 1 are made where they are added, MiniLM's are n=8 r=1 1.07
-    : 1.07 (678 MB : 714), n=32 r=1 1.14 : 1.11.
-
-    Args:
-      tokens: rows of the product.
-      a, b: the factors' shapes, [n i r] and [n r o].
-
-    >>> [merging_pays(tokens, (8, 72, 1), (8, 1, 72)) for tokens in (1, 512, 2048)]
+    >>> [merging_pays(tokens, 8, 1, 576, 576) for tokens in (1, 512, 2048)]
     [False, False, True]
     """
-    (n, i, r), o = a, b[2]
-    d_in, d_out = n * i, n * o
-    to_form_blocks, to_form_sum = 4 * d_in * o // (d_in + d_out), d_in * d_out // (d_in + d_out)
-    # Products with fewer latents than the processor's registers hold cost no less; of rank 1 there are fewer of them.
-    weight, latents = (96, max(n, 16)) if sums_columns(n, r, "cpu") else (24, n * r)
-    return tokens >= max(MERGED_TOKENS, to_form_blocks, weight * to_form_sum // latents)
+    to_form_blocks, to_form_sum = 4 * d_in * (d_out // n) // (d_in + d_out), d_in * d_out // (d_in + d_out)
+    return tokens >= max(MERGED_TOKENS, to_form_blocks, 24 * to_form_sum // (n * r))
+
+
+def blocks_cost_less(n: int, r: int, i: int, o: int) -> bool:
+    """Whether the n blocks x_kᵀg_k, `[i, o]`, cost less than products with n·r latents.
+
+    The latter, n²·r·(i + o) multiplications a token when packed, count three times, because they are so narrow.
+
+    >>> blocks_cost_less(8, 8, 48, 48), blocks_cost_less(1, 8, 384, 384)
+    (True, False)
+    """
+    return i * o <= 3 * n * r * (i + o)

@@ -58,7 +58,7 @@ class TokenEmbedding(Table):
     def attend(self, query: jax.Array, out_sharding: jax.P | None = None) -> jax.Array:
         """`query · embeddingᵀ`, `[..., d]` to float32 `[..., v]`."""
         query, embedding = self.promote_dtype((query, self.embedding[...]), dtype=self.dtype)
-        return KernelCut(None, self.num_embeddings).dot(query, embedding.T, preferred_element_type=jnp.float32)
+        return KernelCut(None, self.num_embeddings).dot(query, embedding.T, output_dtype=jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)

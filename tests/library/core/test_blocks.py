@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from melora_jax.config import AdapterSpec
 from melora_jax.core import blocks, initializers
+from melora_jax.core.products import latents
 from melora_jax.core.products.plan import choose_strategy
 from tests.support import reference
 
@@ -51,7 +52,7 @@ scalings = st.sampled_from(["mini", "total", "rslora"])
 batches = st.sampled_from([(), (4,), (2, 3)])
 seeds = st.integers(0, 2**32 - 1)
 
-apply = jax.jit(blocks.apply, static_argnames=("mixer", "strategy"))
+apply = jax.jit(latents.apply, static_argnames=("mixer", "strategy"))
 delta = jax.jit(blocks.delta, static_argnames="mixer")
 packed_factors = jax.jit(blocks.packed_factors, static_argnames="mixer")
 init_factors = jax.jit(initializers.init_factors, static_argnums=(1, 2, 3))
@@ -66,7 +67,7 @@ def drawn(case: Case, batch: tuple[int, ...], seed: int) -> tuple[np.ndarray, An
 @functools.partial(jax.jit, static_argnames=("mixer", "strategy"))
 def gradients(x: Any, a: Any, b: Any, scale: Any, mixer: Any, strategy: Any, weight: Any) -> Any:
     def loss(x: Any, a: Any, b: Any) -> Any:
-        return (blocks.apply(x, a, b, scale, mixer, strategy).astype(jnp.float32) * weight).sum()
+        return (latents.apply(x, a, b, scale, mixer, strategy).astype(jnp.float32) * weight).sum()
 
     return jax.grad(loss, argnums=(0, 1, 2))(x, a, b)
 
@@ -205,7 +206,9 @@ def test_an_embedding_is_the_one_hot_product(case: Case) -> None:
 
     @jax.jit
     def embedded(kept: Any) -> Any:
-        return blocks.expand(blocks.look_up(jnp.asarray(ids), stacked_a, kept), stacked_b, scale, case.mixer, "batched")
+        return latents.expand(
+            latents.look_up(jnp.asarray(ids), stacked_a, kept), stacked_b, scale, case.mixer, "batched"
+        )
 
     for weight in (np.ones_like(keep), keep):
         np.testing.assert_allclose(embedded(weight), expected * weight[..., None], rtol=1e-5, atol=1e-5)
@@ -217,7 +220,7 @@ def test_gradients_sum_over_one_axis_of_rows(strategy: Any) -> None:
     x, a, b = jnp.ones((2, 5, 6)), jnp.ones((3, 2, 7)), jnp.ones((3, 7, 4))
 
     def value(x: Any, a: Any, b: Any) -> Any:
-        return (blocks.apply(x, a, b, np.ones((3, 7), np.float32), strategy=strategy) ** 2).sum()
+        return (latents.apply(x, a, b, np.ones((3, 7), np.float32), strategy=strategy) ** 2).sum()
 
     jaxpr = jax.make_jaxpr(jax.grad(value, (0, 1, 2)))(x, a, b)
     products = [equation for equation in jaxpr.eqns if equation.primitive.name == "dot_general"]
@@ -228,11 +231,19 @@ def test_gradients_sum_over_one_axis_of_rows(strategy: Any) -> None:
 
 
 def test_auto_takes_packed_while_the_latents_fit_one_wide_product() -> None:
-    assert choose_strategy("auto", 32, "cpu") == "packed"
-    assert choose_strategy("auto", 33, "cpu") == "batched"
-    assert choose_strategy("auto", 128, "tpu") == "packed"
-    assert choose_strategy("auto", 129, "gpu") == "batched"
-    assert choose_strategy("batched", 1, "cpu") == "batched"
-    assert choose_strategy("auto", 1, "cpu", True) == "packed"
-    assert choose_strategy("auto", 2, "cpu", True) == "merged"
-    assert choose_strategy("auto", 129, "gpu", True) == "batched"  # not measured there
+    assert choose_strategy("auto", 32, 1, "cpu") == choose_strategy("auto", 4, 8, "cpu") == "packed"
+    assert choose_strategy("auto", 33, 1, "cpu") == "batched"
+    assert choose_strategy("auto", 2, 64, "tpu") == "packed"
+    assert choose_strategy("auto", 129, 1, "gpu") == "batched"
+    assert choose_strategy("batched", 1, 1, "cpu") == "batched"
+    assert choose_strategy("auto", 1, 1, "cpu", True) == "packed"
+    assert choose_strategy("auto", 2, 1, "cpu", True) == "merged"
+    assert choose_strategy("auto", 129, 1, "gpu", True) == "batched"  # not measured there
+
+
+def test_auto_packs_one_mini_of_any_rank_and_merges_it_below_64() -> None:
+    """One mini packed wastes nothing; of rank 64 its ΔW and the gradient xᵀg cost more than its latents."""
+    assert choose_strategy("auto", 1, 64, "cpu") == choose_strategy("auto", 1, 256, "tpu") == "packed"
+    assert choose_strategy("auto", 1, 63, "cpu", True) == "merged"
+    assert choose_strategy("auto", 1, 64, "cpu", True) == "packed"
+    assert choose_strategy("auto", 2, 64, "cpu", True) == "merged"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,13 @@ import melora_jax as mj
 from melora_jax import functional
 from melora_jax.config import AdapterSpec
 from melora_jax.core import blocks
+from melora_jax.core.dense_view import DenseView
+from melora_jax.core.platform import compile_for
+from melora_jax.core.products import latents
 from melora_jax.core.products import merged as merged_module
-from melora_jax.core.products.factor_gradients import _products_of_blocks, _together, takes_blocks
-from melora_jax.core.products.merged import _stays, merged_product
-from melora_jax.core.products.plan import MERGED_TOKENS
+from melora_jax.core.products.plan import MERGED_TOKENS, ProductPlan, blocks_cost_less, plan_product
+from melora_jax.core.products.product import adapted_product
+from melora_jax.core.products.xla_cpu import products_of_blocks
 from melora_jax.linen import adapt as adapt_linen
 
 D_IN, D_OUT = 30, 42
@@ -45,15 +48,24 @@ def arrays(spec: AdapterSpec) -> tuple[Any, ...]:
     return x, kernel, a * used[:, None, :], b * used[:, :, None], rng.normal(size=(2, 7, D_OUT)).astype(np.float32)
 
 
+def merged_plan(spec: AdapterSpec, d_in: int, d_out: int) -> ProductPlan:
+    return plan_product(dataclasses.replace(spec, strategy="merged"), DenseView(d_in, d_out), mergeable=True)
+
+
+def merged_product(x: Any, kernel: Any, a: Any, b: Any, spec: AdapterSpec) -> Any:
+    """The product with the plan that a layer of these settings makes."""
+    return adapted_product(merged_plan(spec, *kernel.shape), jnp.asarray(x), jnp.asarray(kernel), a, b)
+
+
 def test_both_ways_to_the_gradients_are_tested() -> None:
-    found = [takes_blocks(*arrays(spec)[2:4], spec.mixer) for spec in SPECS.values()]
-    assert found == [False, False, True, False, False]
+    found = [merged_plan(spec, D_IN, D_OUT).gradients for spec in SPECS.values()]
+    assert found == ["latents", "latents", "blocks", "latents", "latents"]
 
 
-def test_of_rank_1_narrow_blocks_are_cheaper_than_latents() -> None:
-    shapes = {(32, 12, 48): True, (32, 12, 12): True, (16, 24, 24): False, (8, 48, 192): False}
-    found = {(n, i, o): takes_blocks(np.zeros((n, i, 1)), np.zeros((n, 1, o)), "identity") for n, i, o in shapes}
-    assert found == shapes
+def test_narrow_blocks_are_cheaper_than_latents() -> None:
+    """Where i·o is at most 3·n·r·(i + o)."""
+    sizes = {(32, 1, 12, 48): True, (8, 1, 48, 48): True, (8, 1, 48, 49): False, (8, 2, 48, 192): True}
+    assert {size: blocks_cost_less(*size) for size in sizes} == sizes
 
 
 @pytest.mark.slow
@@ -92,7 +104,7 @@ def test_its_gradient_has_a_forward_mode_derivative(name: str) -> None:
         return (jnp.sin(product(*factors)) * weight).sum()
 
     def beside(a: Any, b: Any) -> Any:
-        return x @ kernel + blocks.apply(jnp.asarray(x), a, b, blocks.scale_of(spec), spec.mixer)
+        return x @ kernel + latents.apply(jnp.asarray(x), a, b, blocks.scale_of(spec), spec.mixer)
 
     at, along = (a, b), (b.sum() * a, a.sum() * b)
     found, expected = (
@@ -120,34 +132,22 @@ def test_the_backward_pass_does_not_keep_the_sums_of_all_layers(name: str, monke
         return step.compile().memory_analysis().temp_size_in_bytes
 
     ours = planned()
-    monkeypatch.setattr(merged_module, "_after", lambda gradient, factor: factor)
+    monkeypatch.setattr(merged_module, "_after", lambda plan, gradient, factor: factor)
     assert planned() - ours >= (depth - 2) * 4 * width * width
 
 
-def test_the_sum_stays_for_the_backward_pass_where_it_is_small_beside_many_rows() -> None:
-    """Where 5·33·22 is at most tokens·(33 + 22), into no wider output; not with latents."""
-    cases = {(11, 3, 2, 66): True, (11, 3, 2, 65): False, (11, 2, 3, 210): False, (8, 192, 48, 2048): False}
-    of = {(n, i, o): (np.zeros((n, i, 1)), np.zeros((n, 1, o))) for n, i, o, _ in cases}
-    assert {case: _stays(case[-1], *of[case[:3]], "identity") for case in cases} == cases
-    assert not _stays(66, *of[11, 3, 2], "all")
-
-
-@pytest.mark.parametrize(("tokens", "waits"), [(61, 1), (67, 0)])
-def test_gradients_are_the_same_whether_the_sum_stays_or_is_formed_anew(
-    tokens: int, waits: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """x·(W + ΔW) differentiated in NumPy's float64: n=11, where the sum stays from 66 tokens on."""
-    n, i, o = 11, 3, 2
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_gradients_of_many_minis_are_those_of_numpy_in_the_form_of_every_platform(platform: str) -> None:
+    """x·(W + ΔW) differentiated in NumPy's float64."""
+    tokens, n, i, o = 61, 11, 3, 2
     x, kernel, a, b, weight = drawn(tokens, n * i), drawn(n * i, n * o), drawn(n, i, 1), drawn(n, 1, o), drawn(n * o, 1)
     spec = AdapterSpec(n=n, r=(1,) * n, alpha=tuple(range(1, n + 1)))
 
     def loss(x: Any, a: Any, b: Any) -> Any:
         return (merged_product(x, jnp.asarray(kernel), a, b, spec) @ weight).sum()
 
-    after = mock.Mock(side_effect=merged_module._after)
-    monkeypatch.setattr(merged_module, "_after", after)
-    found = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(x, a, b)
-    assert after.call_count == waits
+    with compile_for(platform):
+        found = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(x, a, b)
     wide = [array.astype(np.float64) for array in (x, kernel, a, b, weight)]
     scaled = wide[2] * np.arange(1, n + 1)[:, None, None]
     whole = wide[1].copy()
@@ -163,20 +163,13 @@ def test_gradients_are_the_same_whether_the_sum_stays_or_is_formed_anew(
 @pytest.mark.parametrize(
     ("n", "rows", "i", "o"), [(2, 14, 7, 5), (3, 14, 5, 7), (1, 14, 5, 7), (10, 1543, 7, 11), (9, 1543, 13, 11)]
 )
-def test_the_blocks_of_a_product_are_had_from_columns(n: int, rows: int, i: int, o: int) -> None:
-    """Of many rows and narrow blocks five, or three, in one product."""
+def test_the_blocks_of_a_product_come_from_its_columns(n: int, rows: int, i: int, o: int) -> None:
     x, cotangent = drawn(rows, n * i), drawn(rows, n * o)
     sliced = [part.reshape(rows, n, -1).astype(np.float64) for part in (x, cotangent)]
     expected = np.einsum("tni,tno->nio", *sliced)
     np.testing.assert_allclose(
-        _products_of_blocks(jnp.asarray(x), jnp.asarray(cotangent), n), expected, rtol=1e-5, atol=1e-4
+        products_of_blocks(jnp.asarray(x), jnp.asarray(cotangent), n), expected, rtol=1e-5, atol=1e-4
     )
-
-
-def test_small_blocks_of_many_rows_are_joined() -> None:
-    """As many as make up 1,200 entries, of 1,536 rows on."""
-    cases = {(10, 1543, 77): 5, (9, 1543, 143): 3, (9, 1543, 1201): 1, (10, 1535, 77): 1, (7, 1543, 9): 1}
-    assert {case: _together(*case) for case in cases} == cases
 
 
 @pytest.mark.parametrize("name", ["few blocks, by way of the latents", "mixed ranks, by blocks"])

@@ -16,6 +16,7 @@ from melora_jax.checkpoints.adapter_state import SiteFactors
 from melora_jax.checkpoints.factors import factors_from_plain, plain_factors
 from melora_jax.config import AdapterSpec
 from melora_jax.core import blocks
+from melora_jax.core.products import latents
 from tests.support import reference, tiny
 
 pytestmark = pytest.mark.slow
@@ -51,12 +52,12 @@ def test_the_product_is_the_equation_on_dealt_features(strategy: Any) -> None:
     x, a, b = drawn()
     stacked = tuple(map(jnp.asarray, (np.stack(a), np.stack(b))))
     scale = blocks.scale_of(SPEC)
-    y = jax.jit(lambda x, a, b: blocks.apply(x, a, b, scale, "scatter", strategy))(x, *stacked)
+    y = jax.jit(lambda x, a, b: latents.apply(x, a, b, scale, "scatter", strategy))(x, *stacked)
     np.testing.assert_allclose(y, expected(x, a, b), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(x @ blocks.delta(*stacked, scale, "scatter"), y, rtol=1e-5, atol=1e-5)
     one_hot = jnp.eye(D_IN, dtype=jnp.float32)
-    latents = blocks.look_up(jnp.arange(D_IN), stacked[0], jnp.ones(D_IN), "scatter")
-    np.testing.assert_allclose(latents, blocks.reduce(one_hot, stacked[0], strategy, "scatter"), rtol=1e-6)
+    found = latents.look_up(jnp.arange(D_IN), stacked[0], jnp.ones(D_IN), "scatter")
+    np.testing.assert_allclose(found, latents.reduce(one_hot, stacked[0], strategy, "scatter"), rtol=1e-6)
 
 
 @pytest.mark.parametrize("scaled", [True, False])
