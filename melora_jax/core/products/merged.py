@@ -42,14 +42,16 @@ def merged_product(
     return y
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(plan: ProductPlan, x: Array, kernel: Array, a: Array, b: Array) -> Array:
+def _by_sum(plan: ProductPlan, x: Array, kernel: Array, a: Array, b: Array) -> Array:
     y = _dot(x, _formed(plan, kernel, a, b), plan.precision)
     return y.astype(jnp.promote_types(x.dtype, kernel.dtype))
 
 
+_product = jax.custom_vjp(_by_sum, nondiff_argnums=(0,))
+
+
 def _forward(plan: ProductPlan, *given: Array) -> tuple[Array, tuple[Array, ...]]:
-    return _product(plan, *given), given
+    return _by_sum(plan, *given), given
 
 
 def _backward(plan: ProductPlan, given: tuple[Array, ...], cotangent: Array) -> tuple[Array, ...]:
