@@ -90,9 +90,8 @@ def update(
     scale, cut = scale_of(plan.spec), plan.cut
     if cut is None:
         flat = expand(z, b, scale, plan.spec.mixer, plan.strategy)
-    else:
-        flat = cut.written(expand(z, b, cut.scale(jnp.asarray(scale)), plan.spec.mixer, plan.strategy))
-    return plan.view.unflatten_output(flat).astype(dtype)
+        return plan.view.unflatten_output(flat).astype(dtype)
+    return cut.written(expand(z, b, cut.scale(jnp.asarray(scale)), plan.spec.mixer, plan.strategy)).astype(dtype)
 
 
 def _latents(plan: ProductPlan, x: Array, a: Array, keep: Array | None) -> Array:
@@ -101,8 +100,8 @@ def _latents(plan: ProductPlan, x: Array, a: Array, keep: Array | None) -> Array
     if plan.view.lookup:  # an embedding's dropout drops whole tokens
         kept = jnp.ones(x.shape, a.dtype)
         return look_up(x, a, kept if keep is None else drop(kept, keep, rate), mixer)
-    flat = plan.view.flatten_input(x).astype(a.dtype)
-    flat = flat if plan.cut is None else plan.cut.read(flat)
+    flat = plan.view.flatten_input(x) if plan.cut is None else plan.cut.read(x)  # only dense layers are cut
+    flat = flat.astype(a.dtype)
     return reduce(flat if keep is None else drop(flat, keep, rate), a, plan.strategy, mixer)
 
 
