@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 import melora_jax as mj
 from melora_jax.core.platform import compile_for, platform
@@ -46,3 +48,22 @@ def test_a_jitted_function_is_traced_again_for_another_platform() -> None:
 def test_an_unknown_platform_is_refused() -> None:
     with pytest.raises(ValueError, match="platform 'cuda' is unknown; choose cpu, gpu or tpu"), compile_for("cuda"):
         pass
+
+
+@pytest.mark.parametrize(("n", "r", "strategy"), [(8, 8, "merged"), (8, 1, "packed")])
+def test_a_layer_traced_for_another_platform_has_none_of_the_forms_of_xla_on_cpu(n: int, r: int, strategy: str) -> None:
+    """No scan over blocks, and no call that may not be inlined, as a layer traced for the CPU has."""
+    layer = mj.MELoRADense(48, 48, n=n, r=r, strategy=strategy, rngs=nnx.Rngs(0))
+    graphdef, trained, frozen = nnx.split(layer, nnx.Param, ...)
+
+    def loss(trained: Any, x: jax.Array) -> jax.Array:
+        return (nnx.merge(graphdef, trained, frozen)(x) ** 2).sum()
+
+    def of_cpu(program: str) -> set[str]:
+        return {sign for sign in ("stablehlo.while", 'inlineable = "false"') if sign in program}
+
+    x, found = jnp.ones((5, 48)), {}
+    for name in ("cpu", "tpu"):
+        with compile_for(name):
+            found[name] = of_cpu(jax.jit(jax.grad(loss)).lower(trained, x).as_text())
+    assert found == {"cpu": {"merged": {"stablehlo.while"}, "packed": {'inlineable = "false"'}}[strategy], "tpu": set()}
