@@ -35,7 +35,7 @@ def may_merge(base: Any, spec: AdapterSpec, kind: str | None, path: str) -> bool
     >>> may_merge(base, AdapterSpec(n=2, r=(1, 1), alpha=(1.0, 1.0)), None, "query")
     True
     """
-    why_not = f"a {kind} is no sum of W and s·A·B" if kind else _why_unmergeable(base, spec)
+    why_not = f"a {kind} is not the sum of W and s·A·B" if kind else _why_unmergeable(base, spec)
     if spec.strategy == "merged":
         if why_not is not None:
             raise ValueError(f'strategy="merged" at {path or "a layer"}: {why_not}; use strategy="batched" or "auto"')
@@ -54,7 +54,7 @@ def _in_float32(base: nnx.Linear, spec: AdapterSpec) -> bool:
 def _why_unmergeable(base: Any, spec: AdapterSpec) -> str | None:
     """Why a layer's kernel and ΔW cannot be summed in a pass; None where they can."""
     if not isinstance(base, nnx.Linear | QuantizedLinear):
-        return f"a {type(base).__name__} is no dense layer nnx.Linear"
+        return f"{type(base).__name__} is not a dense layer (nnx.Linear)"
     if isinstance(base, QuantizedLinear):
         mesh = mesh_of(base.codes.get_raw_value())
         return "its quantised kernel lies on a mesh" if mesh is not None and mesh.size > 1 else None

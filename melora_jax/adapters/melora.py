@@ -254,7 +254,7 @@ class MELoRADense(nnx.Module):
         return planned_strategy(self.product_spec(self.spec), self.merges)
 
     def strategy_for(self, tokens: int) -> Strategy:
-        """What `spec.strategy` stands for with so many tokens on a device: "auto" forms W + ΔW where that pays."""
+        """What `spec.strategy` stands for with `tokens` tokens on a device: "auto" forms W + ΔW if that costs less."""
         return plan_product(self.product_spec(self.spec), self.view, tokens, mergeable=self.merges).strategy
 
     def _view_for_call(self, *args: Any, **kwargs: Any) -> DenseView:

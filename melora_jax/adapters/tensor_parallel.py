@@ -26,11 +26,11 @@ def why_whole(spec: AdapterSpec, tensor: int) -> str | None:
     """Why an adapter's factors are not cut along with their kernel; None where they are.
 
     >>> why_whole(AdapterSpec(n=3, r=(1,) * 3, alpha=(1.0,) * 3), 2)
-    'n=3 is no multiple of tensor=2'
+    'n=3 is not a multiple of tensor=2'
     """
     if spec.mixer != "identity":
         return f"mixer={spec.mixer!r} mixes the minis"
-    return f"n={spec.n} is no multiple of tensor={tensor}" if spec.n % tensor else None
+    return f"n={spec.n} is not a multiple of tensor={tensor}" if spec.n % tensor else None
 
 
 def factor_sharding(kernel: object, spec: AdapterSpec) -> NamedSharding | None:

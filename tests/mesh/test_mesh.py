@@ -121,7 +121,8 @@ def test_what_does_not_fit_a_mesh_is_said(results: dict[str, Any]) -> None:
         assert said[key] == (
             f"train.{key}=6 rows can't be shared out evenly to mesh.data × mesh.fsdp = 4; choose a multiple of 4"
         )
-    assert "as n=3 is no multiple of tensor=2, which mesh.whole_factors=error forbids; choose" in said["whole_factors"]
+    why = "as n=3 is not a multiple of tensor=2, which mesh.whole_factors=error forbids; choose"
+    assert why in said["whole_factors"]
     assert said["not in force"].endswith("not in force; call it inside `with jax.set_mesh(mesh):`")
     for key, word in (("variant", "dora"), ("variant", "adalora"), ("init", "pissa")):
         assert said[word] == (
@@ -129,10 +130,10 @@ def test_what_does_not_fit_a_mesh_is_said(results: dict[str, Any]) -> None:
             "plain adapter"
         )
     place = 'strategy="merged" at model/layers/0/self_attn/q_proj: its '
-    whole = "kernel is cut over tensor, its minis are not, as n=3 is no multiple of tensor=2; use"
+    whole = "kernel is cut over tensor, its minis are not, as n=3 is not a multiple of tensor=2; use"
     assert said["merged"].startswith(place + whole)
     assert said["merged int8"].startswith(f"{place}quantised kernel lies on a mesh; use")
-    note = "model/layers/0/self_attn/o_proj: factors whole on each device, as n=3 is no multiple of tensor=2"
+    note = "model/layers/0/self_attn/o_proj: factors whole on each device, as n=3 is not a multiple of tensor=2"
     assert said["whole"] == note
 
 

@@ -13,9 +13,8 @@ from melora_jax.core.platform import platform
 # Finite, so that a row that may look at nothing gets equal weights and not 0/0.
 _MASKED = -1e30
 
-# Without a cache a block of queries needs no key behind its end, so up to half of the scores are never made. Forward
-# and backward on two CPU cores (h=9, f=3, k=64), blocks against all at once: 3.8 and 4.5 ms at b=4, t=128; 5.2 and 7.0
-# at b=2, t=256; 7.5 and 11.6 at b=1, t=512; 158 and 322 at b=1, t=2048. Smaller or more blocks are hardly faster.
+# Without a cache a block of queries needs no key behind its end, so up to half of the scores are never computed.
+# Smaller or more blocks are hardly faster.
 _BLOCK, _BLOCKS = 64, 8
 
 
@@ -159,9 +158,8 @@ def _attend(
     path: str,
 ) -> jax.Array:
     """`causal_attention` with all scores at once; key and value are `[b, f, s, k]`."""
-    # The heads that share a key and value head, laid one after another, are one matrix. Forward and backward (b=4, h=9,
-    # f=3, k=64, two CPU cores under load): 9 ms against 10 of jax.nn.dot_product_attention at t=128, 57 against 170 at
-    # t=256, and at b=1, t=1024 252 against 618; an einsum over groups takes as long as the latter or longer.
+    # The heads that share a key and value head, laid one after another, are one matrix: on CPU faster than an einsum
+    # over groups and than jax.nn.dot_product_attention.
     (b, t, h, k), f = query.shape, key.shape[1]
     rows = jnp.moveaxis(query.reshape(b, t, f, h // f, k), 1, 3).reshape(b, f, -1, k)
     scores = jnp.matmul(rows, jnp.swapaxes(key, 2, 3), preferred_element_type=jnp.float32) * scale

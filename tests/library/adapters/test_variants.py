@@ -373,7 +373,7 @@ def test_minis_keep_what_matters_and_the_export_holds_no_more(tmp_path: Path) ->
 BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"variant": "dorra"}, "variant='dorra' is unknown; choose 'dora'"),
     ({"variant": "adalora", "r": [1, 2]}, "one r for all minis: leave r=\\[1, 2\\] out"),
-    ({"variant": "adalora", "mixer": "shuffle", "r": 2}, "is defined for mixer=\"identity\" alone, not 'shuffle'"),
+    ({"variant": "adalora", "mixer": "shuffle", "r": 2}, "is defined for mixer=\"identity\" only, not 'shuffle'"),
     ({"variant": "dora", "init": "pissa"}, "init='pissa' is for variant=\"plain\", not 'dora'"),
     ({"init": "orthogonal", "r": 3}, "needs one even r for all minis, not \\[3, 3\\]; choose 2, 4, 6"),
     ({"init": "pissa", "dropout": 0.1}, "which dropout=0.1 would drop; set it to 0"),

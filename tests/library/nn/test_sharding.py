@@ -120,8 +120,8 @@ def test_without_a_mesh_nothing_is_constrained() -> None:
     ("n", "mixer", "reason"),
     [
         (4, "identity", None),
-        (3, "identity", "n=3 is no multiple of tensor=2"),
-        (1, "identity", "n=1 is no multiple of tensor=2"),
+        (3, "identity", "n=3 is not a multiple of tensor=2"),
+        (1, "identity", "n=1 is not a multiple of tensor=2"),
         (4, "shuffle", "mixer='shuffle' mixes the minis"),
         (4, "scatter", "mixer='scatter' mixes the minis"),
     ],
