@@ -24,9 +24,9 @@ from melora_jax.config import AdapterSpec, MELoRAConfig, Strategy
 from melora_jax.core import blocks
 from melora_jax.core.dense_view import DenseView, unadaptable, view_of_general
 from melora_jax.core.initializers import init_factors, start_key
+from melora_jax.core.products.latents import update
 from melora_jax.core.products.merged import merged_kernel
 from melora_jax.core.products.plan import plan_product, planned_strategy
-from melora_jax.core.products.product import adapter_mask, update
 from melora_jax.core.targeting import NamedModule, require_factors_alone, selection_of
 from melora_jax.validation import check_sizes
 
@@ -117,7 +117,7 @@ def apply(x: Float[Array, "... d_in"], adapter: Adapter) -> Float[Array, "... d_
     'bfloat16'
     """
     plan = plan_product(adapter.spec, adapter.view)
-    return update(plan, x, adapter.a, adapter.b, adapter_mask(plan, x.shape, adapter.path), x.dtype)
+    return update(plan, x, adapter.a, adapter.b, plan.mask(x.shape, adapter.path), x.dtype)
 
 
 def delta(adapter: Adapter) -> Float[Array, "d_in d_out"]:

@@ -15,7 +15,7 @@ from melora_jax.adapters.params import MELoRAParam
 from melora_jax.config import AdapterSpec
 from melora_jax.core.dense_view import DenseView, unadaptable
 from melora_jax.core.initializers import from_kernel
-from melora_jax.core.products.product import adapter_mask, update
+from melora_jax.core.products.latents import update
 from melora_jax.nn.layer_view import refuse_mesh
 from melora_jax.nn.quantized import QuantizedLinear
 from melora_jax.nn.sharding import active_mesh
@@ -86,7 +86,7 @@ class DoRADense(MELoRADense):
                 f"{self.setting} at {self.path} does not run on a mesh; take a plain adapter, or one device"
             )
         plan, y = self.plan_for(x.shape), self.base(x, *args, **kwargs)
-        direction = update(plan, x, *self.factors(), adapter_mask(plan, x.shape, self.path), y.dtype)
+        direction = update(plan, x, *self.factors(), plan.mask(x.shape, self.path), y.dtype)
         gain = self.gain().reshape(plan.view.out_shape)
         bias = 0 if self.base.bias is None else self.base.bias[...].astype(y.dtype)
         # In this form the output is exactly the base's where g is 1.

@@ -28,9 +28,10 @@ from melora_jax.config import AdapterSpec, Init, Kind, Mixer, Scaling, Strategy,
 from melora_jax.core import blocks
 from melora_jax.core.dense_view import DenseView, view_at_call
 from melora_jax.core.initializers import init_factors
+from melora_jax.core.products.latents import attend_update, update
 from melora_jax.core.products.merged import merged_kernel
 from melora_jax.core.products.plan import ProductPlan, plan_product, planned_strategy
-from melora_jax.core.products.product import adapted_product, adapter_mask, attend_update, update
+from melora_jax.core.products.product import adapted_product
 from melora_jax.core.report import Site
 from melora_jax.nn.layer_view import checked_view, view_of
 from melora_jax.nn.quantized import QuantizedLinear
@@ -235,7 +236,7 @@ class MELoRADense(nnx.Module):
         if not self.enabled:
             return self.base(x, *args, **kwargs)
         plan = self.plan_for(x.shape, self._view_for_call(*args, **kwargs))
-        (a, b), keep = self.factors(), adapter_mask(plan, x.shape, self.path)
+        (a, b), keep = self.factors(), plan.mask(x.shape, self.path)
         if plan.cut is not None:
             return output_on_mesh(self.base, plan, x, a, b, keep)
         if plan.strategy == "merged" or (computes_a_dense_product(self.base) and not (args or kwargs)):

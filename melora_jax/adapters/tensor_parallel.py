@@ -16,8 +16,9 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from melora_jax.config import AdapterSpec
 from melora_jax.core.products.cut import Cut, Form
+from melora_jax.core.products.latents import update
 from melora_jax.core.products.plan import ProductPlan
-from melora_jax.core.products.product import adapted_product, update
+from melora_jax.core.products.product import adapted_product
 from melora_jax.nn.parallel import cut_product, require_mesh
 from melora_jax.nn.sharding import TENSOR, batch_spec, mesh_of
 

@@ -14,9 +14,9 @@ from melora_jax.config import AdapterSpec, Strategy
 from melora_jax.core.dense_view import unadaptable, view_at_call
 from melora_jax.core.dropout import numbered_layer
 from melora_jax.core.initializers import init_factors, start_key
+from melora_jax.core.products.latents import attend_update, update
 from melora_jax.core.products.merged import merged_kernel
 from melora_jax.core.products.plan import plan_product, planned_strategy
-from melora_jax.core.products.product import adapter_mask, attend_update, update
 from melora_jax.core.report import Site
 from melora_jax.linen.trace import Layer
 from melora_jax.linen.tree import Flat, Path, parts
@@ -87,4 +87,4 @@ class LinenSite:
         in_stack = numbered_layer(factors["number"].reshape(())) if "number" in factors else contextlib.nullcontext()
         with in_stack:
             plan = plan_product(self.spec, view)
-            return update(plan, x, a, b, adapter_mask(plan, x.shape, self.path), y.dtype)
+            return update(plan, x, a, b, plan.mask(x.shape, self.path), y.dtype)

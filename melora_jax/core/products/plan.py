@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
+from jaxtyping import Array, Bool
+
 from melora_jax.config import AdapterSpec, Strategy
 from melora_jax.core.dense_view import DenseView
+from melora_jax.core.dropout import adapter_rate, keep_mask
 from melora_jax.core.platform import platform
 from melora_jax.core.products.cut import Cut
 
@@ -46,6 +49,15 @@ class ProductPlan:
     cut: Cut | None = None
     precision: Any = None
     output_dtype: Any = None
+
+    def mask(self, shape: tuple[int, ...], path: str) -> Bool[Array, ...] | None:
+        """Which entries of a layer's input the adapter's dropout at `path` keeps; None where it drops nothing.
+
+        Args:
+          shape: of the layer's input.
+          path: names the stream of random numbers.
+        """
+        return keep_mask(self.view.flat_shape(shape), adapter_rate(self.spec.dropout), path)
 
 
 def plan_product(

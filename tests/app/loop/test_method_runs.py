@@ -17,6 +17,7 @@ import train.loop.setup
 from tests.support.tiny_run import make_material, recipe
 from train.__main__ import main
 from train.config.run_config import from_toml
+from train.data.feed import make_feed
 from train.loop.setup import prepare
 from train.run_folder.folder import read_run
 from train.run_folder.log import read_metrics
@@ -84,7 +85,7 @@ def test_a_method_trains_saves_resumes_and_reports(material, tmp_path, monkeypat
 
 
 def _interrupted_feed(mesh, before):
-    feed, calls = train.feed.make_feed(mesh), []
+    feed, calls = make_feed(mesh), []
 
     def wrapped(*arguments):
         calls.append(1)

@@ -62,7 +62,7 @@ def empty_data_set(place):
 def label_outside_the_range(place):
     with (place / "held_out.jsonl").open("a") as file:
         file.write(json.dumps({"text": "good film", "label": 7}) + "\n")
-    return recipe(place), ["held_out.jsonl line 20", "label='7'", "none of the 2 classes"]
+    return recipe(place), ["held_out.jsonl line 20", "label='7'", "not one of the 2 classes"]
 
 
 def truncated_safetensors(place):

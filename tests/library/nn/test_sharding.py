@@ -181,7 +181,7 @@ def test_a_part_of_a_tensor_is_read_by_itself(tmp_path: Path) -> None:
         (["--distributed.coordinator", "host:1"], r"distributed: coordinator='host:1', .*: give all three"),
         (
             ["--distributed.cluster", "auto", "--distributed.process", "1"],
-            r"distributed.cluster=auto finds the processes by itself",
+            r"distributed.cluster=auto finds the processes;",
         ),
     ],
 )
