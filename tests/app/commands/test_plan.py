@@ -60,6 +60,7 @@ def test_what_stays_in_memory_is_counted_exactly(tmp_path):
     assert planned.batch == 5 * 4 * 2 * 32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [ENCODER, DECODER])
 def test_rows_and_accumulation_scale_the_activations(tmp_path, config):
     one, two = (plan_run(run_config(tmp_path, config, batch=rows), abstract_mesh()) for rows in (8, 16))
@@ -68,6 +69,7 @@ def test_rows_and_accumulation_scale_the_activations(tmp_path, config):
     assert (parts.activations, parts.batch) == (one.activations, two.batch)
 
 
+@pytest.mark.slow
 def test_remat_keeps_less(tmp_path):
     deep = DECODER | {"num_hidden_layers": 6}
     none, dots, full = (

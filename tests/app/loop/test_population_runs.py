@@ -85,6 +85,7 @@ def assert_same_run(one: Path, other: Path, rtol: float) -> None:
             assert (one / name).read_text() == (other / name).read_text(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a", "b"])
 def test_a_member_leaves_what_its_lone_run_leaves(whole, tmp_path, name):
     """After 50 steps, beside one that has diverged; the lone run is made from the member's own config.toml."""
@@ -169,6 +170,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(whole, material, tmp_path,
     assert events(tmp_path / "c", "train") == events(folder / "c", "train")
 
 
+@pytest.mark.slow
 def test_own_orders_of_rows(material, tmp_path):
     """Without a common data_seed each member sees its own batches, which then must be of one width."""
     config = settings(material, tmp_path / "a", data={"buckets": [24]}, train={"max_steps": 10, "eval_every": 10})
@@ -186,6 +188,7 @@ def test_own_orders_of_rows(material, tmp_path):
     assert not (tmp_path / "wide").exists()
 
 
+@pytest.mark.slow
 def test_each_member_has_its_own_patience(material, tmp_path):
     train = {"epochs": 50, "eval_every": 2, "patience": 2, "data_seed": 1, "max_steps": 14}
     config = settings(material, tmp_path / "a", train=train, optim={"learning_rate": 1e-12})

@@ -114,6 +114,7 @@ def test_killed_and_resumed_equals_uninterrupted(place, uninterrupted):
     assert all(np.array_equal(ours[key], theirs[key]) for key in ours)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_tells_how_to_go_on(place, uninterrupted, number):
     run = place / "run"
@@ -150,6 +151,7 @@ def test_nothing_to_resume(place, capsys):
     assert "no checkpoint to resume from" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_early_stop_and_max_steps(place):
     changes = {"train": {"epochs": 50, "eval_every": 2, "patience": 2}, "optim": {"learning_rate": 1e-12}}
     assert main(["run", str(recipe(place, **changes))]) == 0
@@ -159,6 +161,7 @@ def test_early_stop_and_max_steps(place):
     assert max(losses(place / "run")) == 3
 
 
+@pytest.mark.slow
 def test_accumulated_parts_equal_one_batch(place, uninterrupted):
     """Without dropout's own draws the split of a batch must not matter; rows of weight 0 included."""
     model = {"adapter": {"dropout": 0.0}}

@@ -79,6 +79,7 @@ def test_the_measure_is_the_mean_over_answers(place):
     assert measure.weight == batch["weights"].sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("pack", "stack"), [("pack", "stack-layers"), ("no-pack", "no-stack-layers")])
 def test_a_run_learns_and_its_adapter_answers(place, pack, stack, capsys):
     path = chat_recipe(

@@ -80,6 +80,7 @@ def test_a_model_starts_as_its_base_and_gives_it_back(name: str) -> None:
     assert {site.rank for site in adaptation.sites} == {latents * (2 if name == "PiSSA" else 1)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_training_changes_the_adapter_and_no_bit_of_the_base_or_the_start(name: str) -> None:
     model = tiny.Encoder()
@@ -100,6 +101,7 @@ def test_training_changes_the_adapter_and_no_bit_of_the_base_or_the_start(name: 
     assert {"a", "b"} | {"DoRA": {"magnitude"}, "AdaLoRA": {"e"}}.get(name, set()) <= moved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_files_hold_all_of_it(name: str, tmp_path: Path) -> None:
     model = tiny.trained(**VARIANTS[name])
@@ -213,6 +215,7 @@ def jax_gradients(layer: Any, x: np.ndarray, c: np.ndarray) -> tuple[np.ndarray,
     return np.asarray(y), flat | {"x": np.asarray(gradients[1])}
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.parametrize("name", ["DoRA", "PiSSA"])
 def test_outputs_and_gradients_are_pefts(name: str) -> None:

@@ -44,6 +44,7 @@ OURS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["lora", "bdlora"])
 @pytest.mark.parametrize("name", OURS)
 def test_what_was_exported_comes_back_bit_for_bit(name: str, format: Any, tmp_path: Path) -> None:
@@ -140,6 +141,7 @@ PEFT: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.parametrize("name", PEFT)
 def test_lora_from_peft_gives_its_logits(name: str, tmp_path: Path) -> None:

@@ -77,6 +77,7 @@ def test_orbax_alone_restores_each_part_bit_for_bit(tmp_path: Path) -> None:
     assert json.loads((own / "melora_config.json").read_text())["format"] == "melora_jax"
 
 
+@pytest.mark.slow
 def test_stacked_layers_are_written_one_by_one(tmp_path: Path) -> None:
     model = random_decoder("llama")
     mj.adapt(model, mj.MELoRAConfig(n=2, targets=["q_proj"]), rngs=nnx.Rngs(0))

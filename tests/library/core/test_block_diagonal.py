@@ -49,6 +49,7 @@ def test_value_and_gradients_are_those_of_the_dense_product(shape: tuple[int, in
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_bfloat16_sums_its_gradient_in_float32(shape: tuple[int, int, int]) -> None:
     x, blocks, cotangent = drawn(*shape, dtype=jnp.bfloat16)
@@ -110,6 +111,7 @@ def test_rows_cut_over_a_mesh_sum_their_gradients(shape: tuple[int, int, int], p
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("r", [1, 2])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_products_are_added_along_the_diagonal_alone(shape: tuple[int, int, int], r: int) -> None:

@@ -80,6 +80,7 @@ def test_sixteen_bits_of_an_entry_are_uniform() -> None:
     assert abs(agreement).max() < 5.5 / signs.shape[1] ** 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 0), (0, 3), (2, 3, 5)])
 def test_every_shape_and_dtype_is_kept(shape: tuple[int, ...]) -> None:
     for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):

@@ -56,6 +56,7 @@ def traces(monkeypatch):
     programs.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.parametrize("name", ["smollm2", "llama3", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"])
 def test_greedy_equals_transformers_token_by_token(tmp_path, name):
@@ -198,6 +199,7 @@ def test_end_tokens_come_from_the_checkpoint(tmp_path, model):
         mj.generate(loaded, ids, mask, max_new_tokens=SHORT)
 
 
+@pytest.mark.slow
 def test_an_adapted_model_generates_like_its_merged_model():
     adapted = lively(changes=ONE_LAYER)
     ids, mask = prompts()

@@ -34,6 +34,7 @@ def expected_delta(adapter: functional.Adapter, scaling: str, mixer: str) -> np.
     return reference.delta(*factors, reference.scales(r, adapter.spec.alpha, scaling), mixer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

@@ -168,6 +168,7 @@ def test_what_cannot_be_done_is_said(monkeypatch):
         mj.quantize(decoder(), "nf4")
 
 
+@pytest.mark.slow
 def test_a_run_on_a_quantised_base(tmp_path, capsys):
     place = make_material(tmp_path)
     path = recipe(place, model={"quantize": "nf4"}, data={"buckets": [24]}, train={"max_steps": 4, "eval_every": 2})

@@ -57,6 +57,7 @@ def test_attention_equals_numpy(monkeypatch, softcap, window, masked, backend, b
     np.testing.assert_allclose(found, by_hand(query, key, value, seen, 0.3, softcap), rtol=0, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_gradients_of_blocks_are_those_of_all_scores_at_once(monkeypatch):
     heads = [jnp.asarray(x, jnp.float32) for x in random_heads()]
 

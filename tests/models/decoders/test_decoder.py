@@ -44,6 +44,7 @@ def test_logits_equal_those_of_transformers(tmp_path, name):
     assert np.ptp(without, axis=(0, 1)).mean() > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
 def test_hidden_states_equal_those_of_transformers(tmp_path, name):
@@ -82,6 +83,7 @@ def test_padding_changes_nothing(name):
         np.testing.assert_allclose(found[row][kept == 1], alone[row, : kept.sum()], rtol=0, atol=5e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_packed_examples_are_as_alone(name):
     """The first row holds three examples, the others one each and what no example may see."""
@@ -133,6 +135,7 @@ def test_the_future_and_what_lies_behind_the_window_are_not_seen(name):
     assert not moved[last + 1 :].any()
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_in_bfloat16_and_gives_float32_logits():
     ids, mask, _ = padded()
     for name in ("llama", "gemma2"):

@@ -94,6 +94,7 @@ def test_attention_equals_numpy():
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_more_padding_changes_nothing(family):
     inputs = batch(family)
@@ -104,6 +105,7 @@ def test_more_padding_changes_nothing(family):
     np.testing.assert_allclose(model(*inputs.values()), model(*short.values()), rtol=0, atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_row_of_padding_alone_gives_finite_values(family):
     ids = np.full((2, 7), CONFIGS[family]["pad_token_id"])
@@ -164,6 +166,7 @@ def test_dropout_sites_and_rates_are_those_of_hugging_face(monkeypatch, family):
     assert sites == [(f"{prefix}/{path}", rate) for path, rate in expected] + head
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("task", ["sequence-classification", "encoder"])
 def test_dropout_follows_the_key(family, task):
@@ -179,6 +182,7 @@ def test_dropout_follows_the_key(family, task):
         assert (model(*inputs) == first).all()
 
 
+@pytest.mark.slow
 @given(rate=st.integers(3, 61).map(lambda sixtyfourths: sixtyfourths / 64))
 def test_attention_dropout_drops_its_fraction_and_keeps_the_mean(rate):
     t = 23

@@ -49,6 +49,7 @@ def test_tensors_and_sizes_are_those_of_the_checkpoint(name: str, tmp_path: Path
     assert json.loads(json.dumps(file.config)) == file.config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama3", "mistral", "qwen2", "gemma2", "gemma3"])
 def test_a_model_computes_what_its_checkpoint_does(name: str, tmp_path: Path) -> None:
     source, changes = CASES[name]
@@ -72,6 +73,7 @@ def test_the_body_alone_and_bfloat16(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.parametrize("name", ["llama3", "mistral", "yarn", "gemma2", "gemma3"])
 def test_transformers_computes_the_same_from_what_is_saved(name: str, tmp_path: Path) -> None:

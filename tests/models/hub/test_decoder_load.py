@@ -50,6 +50,7 @@ def test_saved_and_loaded_is_the_same_bit_for_bit(tmp_path, name):
         assert loaded.max_length == CONFIGS[name]["max_position_embeddings"]
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.parametrize("name", NAMES)
 def test_configurations_of_transformers_4_and_5_give_the_same_model(tmp_path, name):

@@ -102,6 +102,7 @@ def test_transformers_takes_over_the_dtype(tmp_path, dtype):
     assert str(loaded.dtype) == f"torch.{dtype}"
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.parametrize(
     ("family", "source"),
@@ -266,6 +267,7 @@ def test_config_json_is_read_once(folder, tmp_path, monkeypatch):
     assert names.count("config.json") == 3  # written
 
 
+@pytest.mark.slow
 def test_a_loaded_model_trains_and_splits_like_any_other(folder):
     model = mj.from_pretrained(folder)
     inputs = batch("bert").values()
@@ -440,6 +442,7 @@ def test_without_a_network_the_hub_is_a_clear_error(monkeypatch):
 # saving
 
 
+@pytest.mark.slow
 def test_a_model_with_adapters_is_refused_and_a_merged_one_saved(folder, tmp_path):
     model = mj.from_pretrained(folder)
     mj.adapt(model, mj.MELoRAConfig(n=3, r=1, targets=["query"]), rngs=nnx.Rngs(0))
@@ -499,6 +502,7 @@ def test_tokenizer_files_go_along(folder, tmp_path, caplog):
     assert "bert is gone, so no tokenizer was saved; name one with tokenizer_from" in caplog.text
 
 
+@pytest.mark.slow
 def test_minilm_is_saved_with_its_tokenizer(minilm_folder, tmp_path):
     import transformers
 
