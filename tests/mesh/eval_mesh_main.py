@@ -12,8 +12,8 @@ from lm_eval.api.instance import Instance
 
 import melora_jax as mj
 from melora_jax.models import model_from_config
+from tests.mesh.mesh_runs import DECODER
 from tests.support.chat import byte_tokenizer
-from tests.support.mesh_runs import DECODER
 from tests.support.tiny import stirred
 from train.harness.model import JaxLM
 

@@ -26,9 +26,9 @@ from melora_jax.files.safetensors_io import TensorFile
 from melora_jax.models import abstract_model
 from melora_jax.nn.parallel import KernelCut
 from melora_jax.training import abstract_train_state, check_mesh
+from tests.mesh.mesh_bytes import table
+from tests.mesh.mesh_runs import HEADS, TASKS, WHOLE, Run, adapted, compare, distance, train, write_checkpoints
 from tests.support import tiny_run
-from tests.support.mesh_bytes import table
-from tests.support.mesh_runs import HEADS, TASKS, WHOLE, Run, adapted, compare, distance, train, write_checkpoints
 from train.config.run_config import from_toml
 from train.loop.setup import prepare
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.support.plan_main import DECODER, ENCODER, SMALL, run_config
+from tests.app.commands.plan_main import DECODER, ENCODER, SMALL, run_config
 from train.__main__ import main
 from train.config.schema import AdapterConfig
 from train.lab.memory.devices import GIB, devices_from_name, rows_a_device
@@ -36,7 +36,7 @@ def compiled(tmp_path_factory):
     """Planned and compiled bytes of each small run: all, and what is no argument; from a process with XLA's flags."""
     folder = tmp_path_factory.mktemp("small")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": AS_ELSEWHERE, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-W", "error", "-m", "tests.support.plan_main", folder]
+    command = [sys.executable, "-W", "error", "-m", "tests.app.commands.plan_main", folder]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)

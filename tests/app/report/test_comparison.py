@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.markup import Page, assert_affine, assert_self_contained, drawing, lines, markers
-from tests.support.synthetic_runs import make_run, write_json
+from tests.app.report.markup import Page, assert_affine, assert_self_contained, drawing, lines, markers
+from tests.app.report.synthetic_runs import make_run, write_json
 from train.report.comparison import write_comparison
 from train.run_folder.folder import Run, read_run
 

@@ -14,7 +14,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from tests.support.synthetic_runs import make_run
+from tests.app.report.synthetic_runs import make_run
 from train.report.comparison import comparison_table
 from train.report.terminal import Progress, memory_in_use
 from train.run_folder.folder import read_run

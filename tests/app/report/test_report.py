@@ -12,8 +12,8 @@ import matplotlib
 import numpy as np
 import pytest
 
-from tests.support.markup import Page, assert_affine, assert_self_contained, drawing, lines, markers
-from tests.support.synthetic_runs import make_run, write_json
+from tests.app.report.markup import Page, assert_affine, assert_self_contained, drawing, lines, markers
+from tests.app.report.synthetic_runs import make_run, write_json
 from train.report.report import duration, write_report
 from train.run_folder.log import read_metrics
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.synthetic_runs import make_run, write_json
+from tests.app.report.synthetic_runs import make_run, write_json
 from train.report.comparison import comparison_rows
 from train.run_folder.folder import read_run
 

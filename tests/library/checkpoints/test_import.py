@@ -18,8 +18,9 @@ from safetensors.numpy import load_file, save_file
 
 import melora_jax as mj
 from melora_jax.adapters.adapt import adapters_of, config_of
-from tests.support import authors, tiny
+from tests.library.checkpoints import authors
 from tests.support import models_fixtures as fixtures
+from tests.support import tiny
 
 CONFIG, TENSORS, OWN = "adapter_config.json", "adapter_model.safetensors", "melora_config.json"
 

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 import melora_jax as mj
 from melora_jax.checkpoints.peft.servers import readers
 from melora_jax.core.report import served_rank
-from tests.support import serving_rules as rules
+from tests.library.checkpoints import serving_rules as rules
 from tests.support.decoder_fixtures import random_decoder
 
 pytestmark = pytest.mark.slow

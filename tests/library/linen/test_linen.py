@@ -19,8 +19,8 @@ from flax import nnx
 import melora_jax as mj
 from melora_jax import linen
 from melora_jax.checkpoints.native_format import read_adapter, write_adapter
+from tests.library.linen.linen_hosts import ALPHA, Host, R, flat_delta, stirred
 from tests.support import tiny
-from tests.support.linen_hosts import ALPHA, Host, R, flat_delta, stirred
 
 pytestmark = pytest.mark.versions
 

@@ -14,7 +14,7 @@ from flax.core import freeze
 
 import melora_jax as mj
 from melora_jax import linen
-from tests.support.linen_hosts import EVERY, Block, Host, Scanned, X, adapted, flat_delta, stirred
+from tests.library.linen.linen_hosts import EVERY, Block, Host, Scanned, X, adapted, flat_delta, stirred
 
 
 class SharedScope(nn.Module):

@@ -12,7 +12,7 @@ from flax import linen as nn
 
 import melora_jax as mj
 from melora_jax import linen
-from tests.support.linen_hosts import EVERY, Block, Host, Scanned, X, adapted, flat_delta, stirred
+from tests.library.linen.linen_hosts import EVERY, Block, Host, Scanned, X, adapted, flat_delta, stirred
 
 pytestmark = pytest.mark.slow
 

@@ -17,8 +17,8 @@ import melora_jax as mj
 from melora_jax.models.decoders.config import decoder_config
 from melora_jax.models.gguf.tensors import GGUFTensors
 from melora_jax.nn.tree import variables_of
+from tests.models.gguf.gguf_fixtures import CASES, fields_of, gguf_writer, llama3_factors, write_fields, write_gguf
 from tests.support.decoder_fixtures import CONFIGS, SIZES, apply, random_decoder, token_ids, torch_decoder, torch_run
-from tests.support.gguf_fixtures import CASES, fields_of, gguf_writer, llama3_factors, write_fields, write_gguf
 from tests.support.models_fixtures import tensors_of
 
 PACKINGS = ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import melora_jax as mj
 from melora_jax.models.gguf.reader import GGUFFile
 from melora_jax.models.gguf.tensors import GGUFTensors
-from tests.support.gguf_fixtures import gguf_writer, write_fields
+from tests.models.gguf.gguf_fixtures import gguf_writer, write_fields
 
 
 @pytest.mark.parametrize("packing", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ2_XXS"])

@@ -15,9 +15,8 @@ from transformers import AutoTokenizer
 
 import melora_jax as mj
 from melora_jax.models.gguf.tokenizer import PRE_TOKENIZERS, tokenizer_from_gguf
-from tests.support.decoder_fixtures import CONFIGS, random_decoder
-from tests.support.gguf_fixtures import write_gguf
-from tests.support.gguf_vocabularies import (
+from tests.models.gguf.gguf_fixtures import write_gguf
+from tests.models.gguf.gguf_vocabularies import (
     NORMAL,
     PIECES,
     TEXTS,
@@ -26,6 +25,7 @@ from tests.support.gguf_vocabularies import (
     sentencepiece,
     write_tokenizer,
 )
+from tests.support.decoder_fixtures import CONFIGS, random_decoder
 from tests.support.models_fixtures import tensors_of
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from melora_jax.models.gguf.tokenizer import tokenizer_from_gguf
-from tests.support.gguf_vocabularies import byte_level, sentencepiece, write_tokenizer
+from tests.models.gguf.gguf_vocabularies import byte_level, sentencepiece, write_tokenizer
 
 
 @pytest.mark.parametrize(

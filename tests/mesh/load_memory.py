@@ -1,9 +1,9 @@
 """The host memory that loading takes: a program to run by hand, as its checkpoint has 2 GB.
 
-    python tests/load_memory.py FOLDER             # eight simulated devices in one process
-    python tests/load_memory.py FOLDER 2           # four in each of two
+    python tests/mesh/load_memory.py FOLDER             # eight simulated devices in one process
+    python tests/mesh/load_memory.py FOLDER 2           # four in each of two
 
-builds a random Llama in FOLDER where there is none, loads it on fsdp=4, tensor=2, and prints for each process the bytes
+Builds a random Llama in FOLDER unless one is there, loads it on fsdp=4, tensor=2, and prints for each process the bytes
 that its devices hold and the most that its memory (of its own, not the cache of files) grew by. On simulated devices
 what they hold is host memory, so the least that the ratio can be is 1.
 """

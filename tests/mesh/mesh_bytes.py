@@ -17,8 +17,8 @@ from melora_jax.core.dropout import dropout_key
 from melora_jax.core.products import latents
 from melora_jax.nn.parallel import KernelCut, ParallelLinear
 from melora_jax.nn.sharding import put
-from tests.support.collectives import bytes_by_axes, over
-from tests.support.mesh_runs import adapted, batch_of, loss
+from tests.mesh.collectives import bytes_by_axes, over
+from tests.mesh.mesh_runs import adapted, batch_of, loss
 
 ROWS, TOKENS, D_IN, D_OUT = 8, 11, 48, 80
 FORMS = {"column": (KernelCut(None, D_OUT), (None, "tensor")), "row": (KernelCut(D_IN, None), ("tensor", None))}
