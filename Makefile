@@ -70,7 +70,7 @@ demo-chat: .venv/.app-$(ACCELERATOR)  ## tune a small chat model by LoRA and MEL
 
 eval: .venv/.eval-$(ACCELERATOR)  ## install lm-eval beside the application, for python -m train eval
 
-test: .venv/.test  ## the suite on one Python, less what is slow: at most 8 minutes on 2 cores
+test: .venv/.test  ## the suite on one Python, less what is slow: about 10 minutes on 2 cores
 	.venv/bin/python $(pytest) -m "not slow$(if $(TORCH),, and not parity)"
 
 test-all: .venv/.test $(if $(SECOND_PYTHON),$(SECOND_VENV)/.test) $(PARTS:%=%/.test)  ## what make test leaves out, the suite on a second Python, and a part on others
